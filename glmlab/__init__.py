@@ -1,0 +1,1 @@
+"""glmlab takes a chat model apart and shows where its GPU memory goes."""

@@ -1,0 +1,1 @@
+"""What the model does: prompts, the decode loop, the chat."""

@@ -1,0 +1,1 @@
+"""What it costs: probes and recordings (measured), traces, allocator and forecasts (computed)."""

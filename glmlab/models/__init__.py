@@ -1,0 +1,1 @@
+"""Where a model comes from: checkpoints, ChatGLM3 in transformers, loading."""
