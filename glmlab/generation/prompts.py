@@ -124,8 +124,9 @@ def chat_segments(
     if tools is not None:
         if messages[0]["role"] != "system":
             raise PromptError(
-                "tools are listed in the system message, but message 0 is not one. Begin the chat with a system message, "
-                "such as 'Answer the following questions as best as you can. You have access to the following tools:'."
+                "tools are listed in the system message, but message 0 is not one. Begin the chat with a system "
+                "message, such as 'Answer the following questions as best as you can. You have access to the "
+                "following tools:'."
             )
         messages = [{"tools": tools, **messages[0]}, *messages[1:]]
     segments = [Segment("prefix", token) for token in PREFIX_TOKENS]

@@ -23,7 +23,7 @@ from huggingface_hub.dataclasses import strict
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GlmConfig, GlmForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
@@ -118,15 +118,15 @@ class ChatGLM3Config(GlmConfig):
         for name in _INERT:
             kwargs.pop(name, None)
         rope_ratio = kwargs.pop("rope_ratio", 1)
-        if not self.rope_parameters:
+        if not self.rope_parameters:  # type: ignore[has-type]
             self.rope_parameters = {
                 "rope_type": "default",
                 "rope_theta": 10000.0 * rope_ratio,
                 "partial_rotary_factor": 0.5,
             }
-        if self.eos_token_id is None:
+        if self.eos_token_id is None:  # type: ignore[has-type]
             self.eos_token_id = 2  # else GlmConfig fills in the ids of GLM-4
-        if self.pad_token_id is None or self.pad_token_id >= self.vocab_size:
+        if self.pad_token_id is None or self.pad_token_id >= self.vocab_size:  # type: ignore[has-type]
             self.pad_token_id = 0  # GlmConfig's default is GLM-4's, beyond a smaller vocabulary
         super().__post_init__(**kwargs)
 
@@ -145,7 +145,8 @@ class ChatGLM3RMSNorm(GlmRMSNorm):
         in_fp32 = hidden_states.to(torch.float32)
         variance = in_fp32.pow(2).mean(-1, keepdim=True)
         normed = in_fp32 * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight * normed).to(hidden_states.dtype)
+        scaled: Tensor = self.weight * normed
+        return scaled.to(hidden_states.dtype)
 
 
 class ChatGLM3ForCausalLM(GlmForCausalLM):

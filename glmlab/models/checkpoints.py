@@ -1,0 +1,257 @@
+"""From a name to a checked local folder: the embedded model, a folder, or a Hugging Face id.
+
+A checkpoint is checked before anything is read into memory: files present and whole, tensors in safetensors (never
+pickle), a tokenizer beside them. Nothing that came with it is executed.
+"""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from glmlab.errors import GlmlabError
+from glmlab.resources import data_path
+
+EMBEDDED = "embedded"
+"""The name of the model that ships with the suite."""
+
+_LFS_MARK = b"version https://git-lfs"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
+_NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja"]
+
+
+class CheckpointError(GlmlabError):
+    """A checkpoint cannot be used; the text names the file or the name, what is wrong, and the mend."""
+
+
+def find_checkpoint(name: str) -> Path:
+    """Return the checked folder of ``name``: "embedded", a folder, or a hub id (downloaded where it is not cached).
+
+    Raises:
+        CheckpointError: no such folder or hub id, no network, or the folder fails :func:`check_checkpoint`.
+
+    Example:
+        >>> find_checkpoint("embedded").name
+        'tiny-chatglm3'
+    """
+    if name == EMBEDDED:
+        folder = data_path("tiny-chatglm3")
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    elif _is_hub_id(name):
+        folder = _download(name)
+    else:
+        raise CheckpointError(
+            f"{name!r} is neither 'embedded', nor an existing folder, nor a hub id such as 'zai-org/chatglm3-6b'. "
+            "Check the spelling of the path."
+        )
+    check_checkpoint(folder)
+    return folder
+
+
+def find_config(name: str) -> Path:
+    """Return the config.json of ``name``: "embedded", a folder, a file, a model of ``data/configs``, or a hub id.
+
+    A hub id such as "zai-org/chatglm3-6b" or a bare "chatglm3-6b" is looked up in ``data/configs`` by its last part
+    first, so that the suite's models need no network.
+
+    Raises:
+        CheckpointError: nothing of that name, here or on the hub.
+
+    Example:
+        >>> find_config("zai-org/chatglm3-6b").name
+        'chatglm3-6b.json'
+    """
+    path = Path(name).expanduser()
+    if name == EMBEDDED:
+        return data_path("tiny-chatglm3", "config.json")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{name} has no config.json. Give the folder of a checkpoint, or a config.json.")
+        return path / "config.json"
+    known = known_configs()
+    key = name.rsplit("/", 1)[-1].lower()
+    if key in known:
+        return known[key]
+    if _is_hub_id(name):
+        return _download(name, only=["config.json"]) / "config.json"
+    raise CheckpointError(
+        f"no config for {name!r}: it is no folder, no file, no hub id, and not in data/configs "
+        f"({', '.join(sorted(known))})."
+    )
+
+
+def known_configs() -> dict[str, Path]:
+    """Return the configs that ship with the suite, by lower-case model name (with and without the hub's suffix)."""
+    known = {}
+    for path in sorted(data_path("configs").glob("*.json")):
+        published_name = json.loads(path.read_text())["_name_or_path"].rsplit("/", 1)[-1].lower()
+        known.update({path.stem: path, published_name: path})
+    return known
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds the files of a tokenizer."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def check_checkpoint(folder: Path) -> list[Path]:
+    """Hold a folder against what loading needs, reading headers only; return its safetensors files.
+
+    Raises:
+        CheckpointError: config.json or tokenizer missing, a Git-LFS pointer in place of a file, pickle weights only, a
+            shard of the index missing, a safetensors file truncated or with a broken header, a tensor that is not in
+            the shard that the index names.
+    """
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder. Check the path.")
+    read_config_json(config_file)
+    weight_map = _weight_map(folder)
+    for file in sorted({*weight_map.values()}):
+        path = folder / file
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} is incomplete: the index names {file}, which is not there. Download that file again."
+            )
+        tensors = read_safetensors_header(path)
+        absent = [name for name, shard in weight_map.items() if shard == file and name not in tensors]
+        if absent:
+            raise CheckpointError(
+                f"{file} does not hold {absent[0]}, which the index says it does. "
+                "Index and shard come from different downloads: fetch both again."
+            )
+    if not has_tokenizer(folder):
+        raise CheckpointError(
+            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
+            "Copy the tokenizer files of the same model into it."
+        )
+    for file in _TOKENIZER_FILES:
+        if (folder / file).is_file():
+            _refuse_lfs_pointer(folder / file)
+    return [folder / file for file in sorted({*weight_map.values()})]
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """Read a config.json; :class:`CheckpointError` when it is a Git-LFS pointer, not JSON, or no object."""
+    _refuse_lfs_pointer(path)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object. Download it again.")
+    return config
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """Read the header of a safetensors file: tensor name -> dtype, shape, data_offsets.
+
+    Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes.
+
+    Raises:
+        CheckpointError: a Git-LFS pointer, a broken header, or a file shorter or longer than its header says.
+    """
+    _refuse_lfs_pointer(path)
+    size_bytes = path.stat().st_size
+    broken = CheckpointError(f"{path} is not a whole safetensors file: its header is broken. Download it again.")
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise broken
+        (header_bytes,) = struct.unpack("<Q", prefix)
+        if header_bytes > size_bytes - 8:
+            raise broken
+        try:
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            data_bytes = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+            raise broken from error
+    if size_bytes != 8 + header_bytes + data_bytes:
+        said_bytes = 8 + header_bytes + data_bytes
+        raise CheckpointError(
+            f"{path} is {'truncated' if size_bytes < said_bytes else 'too long'}: it has {size_bytes} bytes, "
+            f"its header says {said_bytes}. Download it again."
+        )
+    return dict(header)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, from the index, or from the one safetensors file."""
+    index_file = folder / "model.safetensors.index.json"
+    if index_file.is_file():
+        weight_map = read_config_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index_file} has no weight_map. Download it again.")
+        for file in weight_map.values():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{index_file} names {file!r}, which is not a file of the folder. Do not use it.")
+        return weight_map
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return dict.fromkeys(read_safetensors_header(single), single.name)
+    if loose := sorted(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} has {loose[0].name} but neither model.safetensors nor model.safetensors.index.json. "
+            "Download the index too."
+        )
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise CheckpointError(
+            f"{folder} holds its weights as pickle only ({pickles[0]}): reading them would execute what they contain. "
+            "Use a revision of the checkpoint with .safetensors files."
+        )
+    raise CheckpointError(f"{folder} holds no weights (*.safetensors). Download them, or load with weights='random'.")
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_MARK)) == _LFS_MARK:
+            raise CheckpointError(
+                f"{path} is a Git-LFS pointer, not the file itself. Run 'git lfs pull' in the folder, "
+                "or download the file from the hub's page."
+            )
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
+
+
+def _download(repo_id: str, only: list[str] | None = None) -> Path:
+    """Return the cached snapshot of a hub repository, fetching what is missing; no code files."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=only or _NEEDED))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{repo_id} is gated: accept its licence on its hub page, then log in with 'hf auth login'."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"the hub knows no public repository {repo_id!r}. Check the spelling; a private one needs 'hf auth login'."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise CheckpointError(
+            f"{repo_id} is not on this machine and the hub cannot be reached ({type(error).__name__}). "
+            "Check the network, or give a local folder, or use weights='random' for a model of data/configs "
+            f"({', '.join(sorted(path.stem for path in data_path('configs').glob('*.json')))})."
+        ) from error

@@ -1,0 +1,476 @@
+"""``load_model``: a model, its tokenizer and a report of where its bytes are.
+
+Three steps, each of which can refuse before memory is spent: name -> checked folder (checkpoints.py), config -> the
+bytes that the asked precision needs (sizes.py), folder -> model through transformers' Auto classes. A checkpoint's own
+code is never run: ``trust_remote_code`` is always off.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from glmlab.errors import GlmlabError
+from glmlab.models.chatglm3 import MODEL_TYPE, ChatGLMTokenizer
+from glmlab.models.checkpoints import (
+    EMBEDDED,
+    CheckpointError,
+    find_checkpoint,
+    find_config,
+    has_tokenizer,
+    read_config_json,
+)
+from glmlab.models.sizes import (
+    BLOCK_4BIT,
+    FLOAT_PRECISIONS,
+    PRECISIONS,
+    measure_bytes,
+    predict_bytes,
+    quantized_linears,
+)
+from glmlab.resources import data_path
+from glmlab.units import MIB, format_bytes
+
+Weights = Literal["checkpoint", "random"]
+
+_WORKING_BYTES = 128 * MIB  # activations and loading buffers that a load needs beside the weights
+_LOADING_BAR_FROM_BYTES = 64 * MIB
+
+
+class LoadError(GlmlabError):
+    """A model cannot be loaded as asked; the text says what is wrong and what to ask for instead."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded, and where its bytes are; its repr is the table, in a notebook an HTML table."""
+
+    name: str
+    architecture: str
+    weights: str
+    precision: str
+    dtype: str
+    """dtype of what is not quantised, and of the computation."""
+    attention: str
+    device: str
+    parameters: int
+    bytes_by_component: dict[str, int]
+    """embedding, attention, MLP, norms, head, quantisation state, other -> bytes; they add up to ``total_bytes``."""
+    seconds: float
+    tokenizer: str
+    versions: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters, buffers and quantisation state."""
+        return sum(self.bytes_by_component.values())
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """(what, value, share) of every line of the table; the components first."""
+        rows = [
+            (component, format_bytes(n_bytes), f"{n_bytes / self.total_bytes:.1%}")
+            for component, n_bytes in self.bytes_by_component.items()
+        ]
+        rows.append(("total", format_bytes(self.total_bytes), f"{1:.1%}"))
+        facts = {
+            "parameters": f"{self.parameters:,}",
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "precision": self.precision if self.precision == self.dtype else f"{self.precision}, rest {self.dtype}",
+            "attention": self.attention,
+            "device": self.device,
+            "tokenizer": self.tokenizer,
+            "load time": f"{self.seconds:.2f} s",
+            **self.versions,
+        }
+        return rows + [(what, value, "") for what, value in facts.items()]
+
+    def __repr__(self) -> str:
+        rows = self._rows()
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            f"{what:<{widths[0]}}  {value:>{widths[1]}}  {share:>{widths[2]}}".rstrip() for what, value, share in rows
+        ]
+        return "\n".join([self.name, *lines])
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        body = "".join(
+            "<tr>"
+            + f'<th scope="row" style="text-align:left">{escape(what)}</th>'
+            + "".join(f'<td style="text-align:right">{escape(cell)}</td>' for cell in (value, share))
+            + "</tr>"
+            for what, value, share in self._rows()
+        )
+        return f"<table><caption>{escape(self.name)}</caption><tbody>{body}</tbody></table>"
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A model with its tokenizer and its :class:`LoadReport`; its repr is the report."""
+
+    model: Any
+    tokenizer: Any
+    report: LoadReport
+
+    def __repr__(self) -> str:
+        return repr(self.report)
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
+def load_model(
+    name: str = EMBEDDED, *, precision: str = "auto", device: str = "auto", weights: Weights = "checkpoint"
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: "embedded", a checkpoint folder, or a hub id such as "zai-org/chatglm3-6b".
+        precision: "fp32", "bf16", "fp16", "int8" or "int4" (bitsandbytes; int4 is nf4), or "auto": the checkpoint's own
+            dtype on a GPU and fp32 on a CPU if that fits into free memory, else the next smaller one that does.
+        device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", …
+        weights: "checkpoint", or "random": built from the config alone, straight on the device in the asked precision.
+            Memory does not depend on the values, so this measures a model without downloading it.
+
+    Returns:
+        The model in eval mode, its tokenizer, and the report. With random weights and no tokenizer of the model on
+        this machine, the embedded model's tokenizer stands in; the report says so.
+
+    Raises:
+        LoadError: unknown precision or device, no GPU, dimensions that int4 cannot take, too little free memory,
+            tensors of the checkpoint that are missing, unexpected or mis-shaped.
+        CheckpointError: the checkpoint folder or hub id cannot be used.
+        ArchitectureError: another architecture under ChatGLM3's model type.
+
+    Example:
+        >>> loaded = load_model("embedded", precision="fp32", device="cpu")
+        >>> loaded.report.parameters == sum(p.numel() for p in loaded.model.parameters())
+        True
+    """
+    started = time.perf_counter()
+    if weights not in ("checkpoint", "random"):
+        raise LoadError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
+    if precision not in (*PRECISIONS, "auto"):
+        raise LoadError(f"precision={precision!r} is not known. Use one of {', '.join(PRECISIONS)}, or auto.")
+    target = _device(device)
+    folder = find_checkpoint(name) if weights == "checkpoint" else None
+    config_file = folder / "config.json" if folder else find_config(name)
+    config = load_config(config_file)
+    skeleton = build_skeleton(config)
+    precision = _choose_precision(name, skeleton, precision, target)
+    dtype = _dtype(config, precision, target)
+
+    with _quiet_loading(sum(predict_bytes(skeleton, precision, dtype).values())):
+        if folder:
+            model = _load_checkpoint(folder, config, precision, dtype, target)
+        else:
+            model = _build_random(config, precision, dtype, target)
+    tokenizer, tokenizer_origin = _load_tokenizer(name, folder or config_file.parent, config, weights)
+    _set_stop_tokens(model, tokenizer)
+    return LoadedModel(
+        model,
+        tokenizer,
+        LoadReport(
+            name=name,
+            architecture=type(model).__name__,
+            weights=weights,
+            precision=precision,
+            dtype=_dtype_name(dtype),
+            attention=config._attn_implementation or "eager",
+            device=_device_name(target),
+            parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
+            bytes_by_component=measure_bytes(model),
+            seconds=time.perf_counter() - started,
+            tokenizer=tokenizer_origin,
+            versions={
+                library: importlib.metadata.version(library) for library in ("torch", "transformers", "bitsandbytes")
+            },
+        ),
+    )
+
+
+def load_config(config_file: Path) -> Any:
+    """Read a config.json into transformers' config class, without code of the checkpoint.
+
+    Raises:
+        CheckpointError: not JSON, no ``model_type``, or a model_type that transformers does not know.
+        ArchitectureError: model_type chatglm with another architecture than ChatGLM2/3's.
+
+    Example:
+        >>> load_config(find_config("chatglm3-6b")).num_hidden_layers
+        28
+    """
+    fields = read_config_json(config_file)
+    model_type = fields.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{config_file.name} says model_type {model_type!r}, which transformers {transformers.__version__} does "
+            "not know; the checkpoint's own code is never executed. Use a checkpoint in transformers' format."
+        )
+    try:
+        config = AutoConfig.for_model(**fields)
+    except GlmlabError:
+        raise
+    except Exception as error:  # a strict config class refuses a value with an error of its own
+        if isinstance(error.__cause__, GlmlabError):
+            raise error.__cause__ from None
+        raise CheckpointError(f"{config_file.name} is not a usable {model_type} config: {error}") from error
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise CheckpointError(
+            f"{config_file.name} describes a {model_type} model, which is not a causal language model. "
+            "Use one that generates text."
+        )
+    return config
+
+
+def build_skeleton(config: Any) -> nn.Module:
+    """Build the model on the meta device: every module and shape, no memory for weights."""
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise LoadError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
+    if target.type not in ("cpu", "cuda"):
+        raise LoadError(f"device={device!r} is not supported: the suite measures CUDA GPUs and the CPU.")
+    if target.type == "cuda":
+        n_gpus = torch.cuda.device_count()
+        if not torch.cuda.is_available() or n_gpus == 0:
+            raise LoadError(
+                f"device={device!r}, but this PyTorch ({torch.__version__}) sees no CUDA GPU. Use device='cpu', or "
+                "check the driver with nvidia-smi and install a CUDA build of PyTorch; 'glmlab doctor' tells more."
+            )
+        if (target.index or 0) >= n_gpus:
+            raise LoadError(f"device={device!r}, but there are {n_gpus} GPUs: use cuda:0 to cuda:{n_gpus - 1}.")
+        return torch.device("cuda", target.index or 0)
+    return torch.device("cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return next(name for name, float_dtype in FLOAT_PRECISIONS.items() if float_dtype == dtype)
+
+
+def _dtype(config: Any, precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of everything that is not quantised.
+
+    Beside quantised layers it is the checkpoint's own half precision, but fp32 beside int4 on a CPU, whose kernels
+    compute in fp32 anyway; LLM.int8 takes half precision inputs only.
+    """
+    if precision in FLOAT_PRECISIONS:
+        return FLOAT_PRECISIONS[precision]
+    if precision == "int4" and device.type == "cpu":
+        return torch.float32
+    return _half(config)
+
+
+def _half(config: Any) -> torch.dtype:
+    return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _choose_precision(name: str, skeleton: nn.Module, asked: str, device: torch.device) -> str:
+    """The asked precision, or for auto the first of the ladder that fits; refuses what does not fit."""
+    config = skeleton.config
+    ladder = ["fp32", "bf16"] if device.type == "cpu" else [_dtype_name(_half(config))]
+    ladder += ["int8", "int4"]
+    if misfits := _misfits_for_4bit(skeleton):
+        if asked == "int4":
+            raise LoadError(
+                f"{name} cannot be loaded in int4: {misfits[0]} input features, and bitsandbytes quantises in "
+                f"blocks of {BLOCK_4BIT}. Use precision='int8'."
+            )
+        ladder.remove("int4")
+    free_bytes = _free_bytes(device)
+
+    def need_bytes(precision: str) -> int:
+        weights = predict_bytes(skeleton, precision, _dtype(config, precision, device))
+        return sum(weights.values()) + _WORKING_BYTES
+
+    fitting = [precision for precision in ladder if need_bytes(precision) <= free_bytes]
+    chosen = (fitting[0] if fitting else ladder[-1]) if asked == "auto" else asked
+    if need_bytes(chosen) > free_bytes:
+        mend = (
+            f"precision='{fitting[0]}' needs {format_bytes(need_bytes(fitting[0]))} and would fit."
+            if fitting
+            else f"No precision fits: {ladder[-1]} needs {format_bytes(need_bytes(ladder[-1]))}. Free memory, "
+            "or use a smaller model."
+        )
+        raise LoadError(
+            f"{name} in {chosen} needs {format_bytes(need_bytes(chosen))}, but {device} has "
+            f"{format_bytes(free_bytes)} free. {mend}"
+        )
+    return chosen
+
+
+def _misfits_for_4bit(skeleton: nn.Module) -> list[str]:
+    return [
+        f"{name} has {linear.in_features}"
+        for name, linear in quantized_linears(skeleton)
+        if linear.in_features % BLOCK_4BIT
+    ]
+
+
+def _quantization_config(precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if precision == "int4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return None
+
+
+def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_quantization_config(precision, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise LoadError(
+                f"{device} ran out of memory while loading {folder.name} in {precision}. Close other programs on it "
+                "or use a smaller precision."
+            ) from error
+        raise LoadError(f"{folder} does not fit its own config.json: {_first_lines(error)}") from error
+    for what, keys in (
+        ("lacks", info["missing_keys"]),
+        ("has tensors that no part of the model takes:", info["unexpected_keys"]),
+        ("has tensors of the wrong shape:", [key for key, *_ in info["mismatched_keys"]]),
+        ("cannot be converted:", info["error_msgs"]),
+    ):
+        if keys:
+            named = sorted(map(str, keys))
+            raise LoadError(
+                f"{folder} {what} {', '.join(named[:3])}{f' and {len(named) - 3} more' if len(named) > 3 else ''}. "
+                "Weights and config.json belong to different models, or the download is damaged: fetch both again."
+            )
+    return model.eval()
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build from the config, straight on the device; quantised layers one after the other, so none is whole in fp16."""
+    torch.manual_seed(0)
+    if precision in FLOAT_PRECISIONS:
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    import bitsandbytes
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kept = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    replace_with_bnb_linear(
+        model, modules_to_not_convert=kept, quantization_config=_quantization_config(precision, dtype)
+    )
+    for module in list(model.modules()):
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            values = torch.empty(parameter.shape, dtype=dtype, device=device)
+            _fill(values, config)
+            if isinstance(parameter, bitsandbytes.nn.Params4bit):
+                module._parameters[key] = bitsandbytes.nn.Params4bit(
+                    values, requires_grad=False, quant_type="nf4", module=module
+                ).to(device)
+            elif isinstance(parameter, bitsandbytes.nn.Int8Params):
+                module._parameters[key] = bitsandbytes.nn.Int8Params(values, requires_grad=False).to(device)
+            else:
+                module._parameters[key] = nn.Parameter(values, requires_grad=False)
+    _rebuild_buffers(model, config, device)
+    model.tie_weights()
+    return model.eval()
+
+
+def _fill(values: torch.Tensor, config: Any) -> None:
+    """Norm weights and biases of one, matrices as transformers initialises them: values that generate without NaN."""
+    if values.ndim == 1:
+        values.fill_(1.0)
+    else:
+        values.normal_(0.0, config.initializer_range)
+
+
+def _rebuild_buffers(model: nn.Module, config: Any, device: torch.device) -> None:
+    """Rotary tables are computed, not loaded: build their modules anew on the device."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            with device:
+                model.set_submodule(name, type(module)(config=config))
+
+
+def _load_tokenizer(name: str, folder: Path, config: Any, weights: Weights) -> tuple[Any, str]:
+    if name == EMBEDDED:
+        return AutoTokenizer.from_pretrained(data_path("tiny-chatglm3"), trust_remote_code=False), "the model's own"
+    if weights == "checkpoint" or has_tokenizer(folder):
+        try:
+            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False), "the model's own"
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise LoadError(
+                f"the tokenizer of {folder} cannot be read: {_first_lines(error)}. Copy the tokenizer files of the "
+                "same model into the folder."
+            ) from error
+    tokenizer = AutoTokenizer.from_pretrained(data_path("tiny-chatglm3"), trust_remote_code=False)
+    return tokenizer, "the embedded model's, standing in"
+
+
+def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
+    """ChatGLM3 ends an answer with the next role's token, which its published config does not say."""
+    if model.config.model_type == MODEL_TYPE and isinstance(tokenizer, ChatGLMTokenizer):
+        stops = ["<|user|>", "<|observation|>"]
+        model.generation_config.eos_token_id = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(stops)]
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def _quiet_loading(n_bytes: int) -> Iterator[None]:
+    """Turn transformers' own reports off (load_model raises), and its bar too where loading is instant."""
+    from transformers.utils import logging
+
+    getLogger("bitsandbytes").setLevel(ERROR)  # it logs an optional kernel package that is not installed
+    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if n_bytes < _LOADING_BAR_FROM_BYTES:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()
