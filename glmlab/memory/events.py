@@ -143,11 +143,7 @@ class EventProgram:
 
 @dataclass(frozen=True)
 class Replay:
-    """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes.
-
-    ``allocated + free_small + free_large == reserved`` in every row. With a capacity the replay ends before the row that
-    did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` has the message PyTorch would give.
-    """
+    """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes."""
 
     reserved: Int64Array  # (rows,) after the row
     allocated: Int64Array  # (rows,) after the row

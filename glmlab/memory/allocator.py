@@ -1,0 +1,484 @@
+"""PyTorch's CUDA caching allocator, replayed: which bytes it takes from the driver, and where it puts each tensor.
+
+This is the readable form, one event at a time; ``glmlab.memory.kernels`` does the same for millions of events. The
+rules, in the order a request meets them (those of the native backend, ``c10/cuda/CUDACachingAllocator.cpp``):
+
+1. A request rounds up to 512 B (or, with ``roundup_power2_divisions``, to a fraction of a power of two).
+2. Up to 1 MiB it belongs to the small pool, above to the large pool; every stream has its own two pools.
+3. The smallest idle block that fits serves it, the lowest address among equals.
+4. Without one, the driver is asked for a *segment*: 2 MiB for the small pool; for the large pool 20 MiB, or from 10 MiB
+   on the request rounded up to 2 MiB.
+5. If the driver has no memory left, idle segments go back to it and it is asked again; then it is out of memory.
+6. What is left of the block becomes an idle block: from 512 B on in the small pool, above 1 MiB in the large pool. A
+   smaller rest of the large pool stays with the tensor, unused.
+7. A freed block melts with idle neighbours in its segment. Nothing goes back to the driver, except by rule 5,
+   ``empty_cache()`` or garbage collection (not modelled: it needs a memory fraction to be set).
+
+With ``expandable_segments`` a pool has one segment that grows: pages of 2 MiB (small pool) or 20 MiB (large pool) are
+mapped at its end, or into holes that ``empty_cache()`` left.
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from glmlab.memory.settings import (
+    BLOCK_BYTES,
+    DEFAULT_POOL,
+    EXPANDABLE_SPACE_BYTES,
+    FIRST_ADDRESS,
+    SMALL_REQUEST_BYTES,
+    AllocatorError,
+    AllocatorSettings,
+    OutOfMemory,
+)
+from glmlab.units import MIB
+
+
+class Block:
+    """A part of a segment: live (a tensor's), idle, or, in an expandable segment, not mapped; sizes in bytes."""
+
+    __slots__ = ("address", "base", "is_expandable", "live", "mapped", "next", "pool", "prev", "requested", "size")
+
+    def __init__(self, address: int, size: int, pool: "Pool", base: int, is_expandable: bool) -> None:
+        self.address, self.size, self.pool, self.base, self.is_expandable = address, size, pool, base, is_expandable
+        self.prev: Block | None = None
+        self.next: Block | None = None
+        self.live, self.mapped, self.requested = False, True, 0
+
+    def __repr__(self) -> str:
+        state = "live" if self.live else "idle" if self.mapped else "unmapped"
+        return f"Block({self.address:#x}, {self.size} B, {state}, {self.pool})"
+
+    @property
+    def end(self) -> int:
+        """First address behind the block."""
+        return self.address + self.size
+
+
+class Pool:
+    """Idle blocks of one stream, small or large, ordered by size, then address."""
+
+    def __init__(self, is_small: bool, stream: int, pool_id: tuple[int, int]) -> None:
+        self.is_small, self.stream, self.pool_id = is_small, stream, pool_id
+        self.free_bytes = 0
+        self.unmapped: list[Block] = []  # by address
+        self._order: list[tuple[int, int]] = []
+        self._blocks: dict[int, Block] = {}
+
+    def __repr__(self) -> str:
+        return f"{'small' if self.is_small else 'large'} pool of stream {self.stream}"
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self._blocks[address] for _, address in list(self._order))
+
+    def add(self, block: Block) -> None:
+        """Take in an idle block."""
+        bisect.insort(self._order, (block.size, block.address))
+        self._blocks[block.address] = block
+        self.free_bytes += block.size
+
+    def remove(self, block: Block) -> None:
+        """Give up an idle block."""
+        del self._order[bisect.bisect_left(self._order, (block.size, block.address))]
+        del self._blocks[block.address]
+        self.free_bytes -= block.size
+
+    def at_least(self, size: int) -> Iterator[Block]:
+        """Idle blocks of ``size`` and over, best fit first."""
+        for i in range(bisect.bisect_left(self._order, (size, 0)), len(self._order)):
+            yield self._blocks[self._order[i][1]]
+
+    def below(self, size: int) -> list[Block]:
+        """Idle blocks under ``size``, largest first."""
+        return [
+            self._blocks[address] for _, address in reversed(self._order[: bisect.bisect_left(self._order, (size, 0))])
+        ]
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """One block of a map of the pools."""
+
+    address: int
+    size: int
+    requested: int
+    live: bool
+
+
+@dataclass(frozen=True)
+class SegmentView:
+    """One segment (or one mapped range of an expandable segment) with its blocks, by address."""
+
+    address: int
+    size: int
+    pool: str
+    stream: int
+    blocks: tuple[BlockView, ...]
+
+
+class CachingAllocator:
+    """The allocator of one device, event by event; ``allocated + free_small + free_large == reserved`` after each.
+
+    ``capacity_bytes`` is the device's memory (None: no limit), ``outside_bytes`` what the CUDA context and other
+    programs hold of it. Segments lie at rising addresses; with an ``address_seed`` each lies, by chance, above or below
+    all others, which shows what depends on the driver's choice of addresses.
+
+    Example:
+        >>> allocator = CachingAllocator()
+        >>> weights, state = allocator.malloc(30 * 2**20), allocator.malloc(100)
+        >>> allocator.reserved_bytes // 2**20, allocator.allocated_bytes - 30 * 2**20, str(state.pool)
+        (32, 512, 'small pool of stream 0')
+        >>> allocator.free(weights)
+        >>> allocator.empty_cache()
+        31457280
+    """
+
+    def __init__(
+        self,
+        settings: AllocatorSettings | None = None,
+        *,
+        capacity_bytes: int | None = None,
+        outside_bytes: int = 0,
+        address_seed: int | None = None,
+    ) -> None:
+        self.settings = settings or AllocatorSettings()
+        self.capacity_bytes, self.outside_bytes, self.address_seed = capacity_bytes, outside_bytes, address_seed
+        self.reserved_bytes = self.allocated_bytes = self.peak_allocated_bytes = 0
+        self._pools: dict[tuple[tuple[int, int], bool, int], Pool] = {}
+        self._heads: dict[int, Block] = {}  # first block of every segment, by address
+        self._lowest = self._top = FIRST_ADDRESS
+        self._segments_made = 0
+
+    # -- what a program asks ------------------------------------------------------------------------------------------
+
+    def malloc(self, n_bytes: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL) -> Block:
+        """Give ``n_bytes`` a block; :class:`OutOfMemory` when the capacity does not allow it."""
+        if n_bytes <= 0:
+            raise AllocatorError(f"cannot allocate {n_bytes} bytes: PyTorch asks its allocator for positive sizes only")
+        size = self.settings.round_size(n_bytes)
+        pool = self.pool(size, stream, pool_id)
+        block = self.find(pool, size) or self._ask_driver(pool, size)
+        if block is None and self._release_for(pool, size):
+            block = self._ask_driver(pool, size)
+        if block is None:
+            self.empty_cache()
+            block = self._ask_driver(pool, size)
+        if block is None:
+            raise OutOfMemory(
+                tried=self.settings.segment_bytes(size),
+                capacity=self.capacity_bytes or 0,
+                free=self.free_capacity_bytes,
+                allocated=self.allocated_bytes,
+                reserved=self.reserved_bytes,
+            )
+        return self.take(block, size, n_bytes)
+
+    def free(self, block: Block) -> None:
+        """Make a live block idle and melt it with idle neighbours."""
+        if not block.live:
+            raise AllocatorError(f"{block} is not live: freed twice?")
+        block.live = False
+        self.allocated_bytes -= block.size
+        block.pool.add(self._melt(block))
+
+    def empty_cache(self) -> int:
+        """Give every segment without a live block back to the driver; returns the bytes given back."""
+        before = self.reserved_bytes
+        for pool in self.pools(DEFAULT_POOL):
+            for address, size in self.releasable(pool):
+                self.release(address, size)
+        return before - self.reserved_bytes
+
+    # -- what it holds ------------------------------------------------------------------------------------------------
+
+    @property
+    def free_small_bytes(self) -> int:
+        """Idle bytes of the small pools."""
+        return sum(pool.free_bytes for pool in self._pools.values() if pool.is_small)
+
+    @property
+    def free_large_bytes(self) -> int:
+        """Idle bytes of the large pools."""
+        return sum(pool.free_bytes for pool in self._pools.values() if not pool.is_small)
+
+    @property
+    def free_capacity_bytes(self) -> int:
+        """Bytes the driver can still give; meaningless without a capacity."""
+        return max((self.capacity_bytes or 0) - self.outside_bytes - self.reserved_bytes, 0)
+
+    def segments(self) -> list[SegmentView]:
+        """Return every segment with its blocks, ordered by address."""
+        views: list[SegmentView] = []
+        for head in (self._heads[address] for address in sorted(self._heads)):
+            for run in _mapped_runs(head):
+                blocks = tuple(BlockView(b.address, b.size, b.requested if b.live else 0, b.live) for b in run)
+                name = "small" if head.pool.is_small else "large"
+                size = run[-1].end - run[0].address
+                views.append(SegmentView(run[0].address, size, name, head.pool.stream, blocks))
+        return views
+
+    # -- its single steps, also for the replay of a snapshot ----------------------------------------------------------
+
+    def pool(self, size: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL) -> Pool:
+        """Return the pool that serves a rounded request."""
+        key = (pool_id, size <= SMALL_REQUEST_BYTES, stream)
+        if key not in self._pools:
+            self._pools[key] = Pool(key[1], stream, pool_id)
+        return self._pools[key]
+
+    def pools(self, pool_id: tuple[int, int]) -> list[Pool]:
+        """Return the pools of one owner, large ones first, as ``empty_cache()`` goes through them."""
+        found = (pool for pool in self._pools.values() if pool.pool_id == pool_id)
+        return sorted(found, key=lambda p: (p.is_small == (pool_id == DEFAULT_POOL), p.stream))
+
+    def find(self, pool: Pool, size: int) -> Block | None:
+        """Return the idle block that serves a rounded request (rule 3), or None; changes nothing."""
+        fits = pool.at_least(size)
+        block = next(fits, None)
+        while block is not None and block.is_expandable and not self.settings.expandable_segments:
+            block = next(fits, None)
+        if block is None:
+            return None
+        if block.is_expandable:
+            # The last block of a growing segment counts with the room it can grow into, so others come first.
+            for other in fits:
+                if not block.is_expandable or _room(other) >= _room(block):
+                    break
+                block = other
+        limit = self.settings.max_split_bytes
+        if size < limit <= block.size:
+            return None
+        if size >= limit and block.size >= size + self.settings.max_non_split_rounding_mb * MIB:
+            return None
+        return block
+
+    def take(self, block: Block, size: int, requested: int) -> Block:
+        """Make the front of an idle block live and leave the rest idle (rule 6)."""
+        block.pool.remove(block)
+        rest = block.size - size
+        if block.pool.is_small or self.settings.expandable_segments:
+            is_split = rest >= BLOCK_BYTES
+        else:
+            is_split = size < self.settings.max_split_bytes and rest > SMALL_REQUEST_BYTES
+        if is_split:
+            block.pool.add(self._split(block, size))
+        block.live, block.requested = True, requested
+        self.allocated_bytes += block.size
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        return block
+
+    def add_segment(self, pool: Pool, address: int, size: int) -> Block:
+        """Add a segment that the driver gave; returns its one idle block."""
+        block = self._heads[address] = Block(address, size, pool, address, False)
+        self.reserved_bytes += size
+        pool.add(block)
+        return block
+
+    def add_expandable(self, pool: Pool, address: int, space_bytes: int = EXPANDABLE_SPACE_BYTES) -> Block:
+        """Add the address space of an expandable segment; nothing is mapped yet."""
+        block = self._heads[address] = Block(address, space_bytes, pool, address, True)
+        block.mapped = False
+        bisect.insort(pool.unmapped, block, key=lambda b: b.address)
+        return block
+
+    def expansion(self, pool: Pool, size: int) -> list[tuple[int, int]]:
+        """Return the ranges (address, bytes) to map for a request; none where no address space has the room."""
+        page = self.settings.page_bytes(pool.is_small)
+        for hole in pool.unmapped:
+            block: Block | None = hole.prev if hole.prev is not None and not hole.prev.live else hole
+            have, ranges = 0, []
+            while block is not None and not block.live and have < size:
+                if block.mapped:
+                    have += block.size
+                else:
+                    n_bytes = -(-min(size - have, block.size) // page) * page
+                    ranges.append((block.address, n_bytes))
+                    have += n_bytes
+                block = block.next
+            if have >= size:
+                return ranges
+        return []
+
+    def map(self, address: int, n_bytes: int) -> Block:
+        """Back unmapped address space with memory; returns the idle block it becomes part of."""
+        hole = self.block_at(address)
+        if hole is None or hole.mapped or hole.end < address + n_bytes:
+            raise AllocatorError(f"{n_bytes} B at {address:#x} are not unmapped address space")
+        if hole.address < address:
+            hole = self._split(hole, address - hole.address)
+        else:
+            hole.pool.unmapped.remove(hole)
+        if n_bytes < hole.size:
+            bisect.insort(hole.pool.unmapped, self._split(hole, n_bytes), key=lambda b: b.address)
+        hole.mapped = True
+        self.reserved_bytes += n_bytes
+        block = self._melt(hole)
+        block.pool.add(block)
+        return block
+
+    def place(self, address: int, size: int, requested: int) -> Block | None:
+        """Make an idle range live wherever it lies, or return None where it is not idle: how known blocks are restored."""
+        block = self.block_at(address)
+        if block is None or block.live or not block.mapped or block.end < address + size:
+            return None
+        if address > block.address:
+            block.pool.remove(block)
+            front, block = block, self._split(block, address - block.address)
+            front.pool.add(front)
+            block.pool.add(block)
+        if size < block.size:
+            block.pool.remove(block)
+            block.pool.add(self._split(block, size))
+            block.pool.add(block)
+        return self.take(block, block.size, requested)
+
+    def releasable(self, pool: Pool) -> list[tuple[int, int]]:
+        """Return the ranges (address, bytes) of a pool that ``empty_cache()`` gives back, in its order."""
+        whole = [(b.address, b.size) for b in pool if not b.is_expandable and b.prev is None and b.next is None]
+        page, pages = self.settings.page_bytes(pool.is_small), []
+        for block in (b for b in pool if b.is_expandable):
+            begin = block.base + -(-(block.address - block.base) // page) * page
+            end = block.base + (block.end - block.base) // page * page
+            if begin < end:
+                pages.append((begin, end - begin))
+        return whole + pages
+
+    def release(self, address: int, n_bytes: int) -> None:
+        """Give an idle segment, or idle pages of an expandable one, back to the driver."""
+        block = self.block_at(address)
+        if block is None or block.live or not block.mapped or block.end < address + n_bytes:
+            raise AllocatorError(f"{n_bytes} B at {address:#x} are not idle and cannot go back to the driver")
+        pool = block.pool
+        pool.remove(block)
+        self.reserved_bytes -= n_bytes
+        if not block.is_expandable:
+            del self._heads[block.address]
+            return
+        if address > block.address:
+            front, block = block, self._split(block, address - block.address)
+            pool.add(front)
+        if n_bytes < block.size:
+            pool.add(self._split(block, n_bytes))
+        block.mapped = False
+        hole = self._melt(block)
+        if hole.prev is None and hole.next is None:
+            del self._heads[hole.address]  # the whole address space goes back
+        else:
+            bisect.insort(pool.unmapped, hole, key=lambda b: b.address)
+
+    def block_at(self, address: int) -> Block | None:
+        """Return the block that contains an address, or None."""
+        heads = [head for head in self._heads if head <= address]
+        block: Block | None = self._heads[max(heads)] if heads else None
+        while block is not None and block.end <= address:
+            block = block.next
+        return block
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _ask_driver(self, pool: Pool, size: int) -> Block | None:
+        if self.settings.expandable_segments:
+            return self._expand(pool, size)
+        n_bytes = self.settings.segment_bytes(size)
+        if not self._fits(n_bytes):
+            return None
+        return self.add_segment(pool, self._next_address(n_bytes), n_bytes)
+
+    def _expand(self, pool: Pool, size: int) -> Block | None:
+        ranges = self.expansion(pool, size)
+        if not ranges:
+            self.add_expandable(pool, self._next_address(EXPANDABLE_SPACE_BYTES))
+            ranges = self.expansion(pool, size)
+        block = None
+        for address, n_bytes in ranges:
+            if not self._fits(n_bytes):
+                return None
+            block = self.map(address, n_bytes)
+        return block
+
+    def _fits(self, n_bytes: int) -> bool:
+        return self.capacity_bytes is None or n_bytes <= self.free_capacity_bytes
+
+    def _next_address(self, n_bytes: int) -> int:
+        goes_below = self.address_seed is not None and coin(self.address_seed, self._segments_made)
+        self._segments_made += 1
+        if goes_below:
+            self._lowest -= n_bytes
+            return self._lowest
+        self._top += n_bytes
+        return self._top - n_bytes
+
+    def _release_for(self, pool: Pool, size: int) -> bool:
+        """Release oversize blocks of this pool only, as many as the request needs (only with ``max_split_size_mb``)."""
+        if self.settings.max_split_size_mb is None:
+            return False
+        ranges = self.releasable_for(pool, size)
+        for address, n_bytes in ranges:
+            self.release(address, n_bytes)
+        return sum(n_bytes for _, n_bytes in ranges) >= size
+
+    def releasable_for(self, pool: Pool, size: int) -> list[tuple[int, int]]:
+        """Return the oversize blocks (address, bytes) that are released first when the driver has no memory left."""
+        wanted = max(size, self.settings.max_split_bytes)
+        block = next(pool.at_least(wanted), None)
+        if block is not None and not block.is_expandable:
+            return [(block.address, block.size)]
+        ranges: list[tuple[int, int]] = []
+        for block in pool.below(1 << 62):
+            if block.size < self.settings.max_split_bytes or sum(n for _, n in ranges) >= wanted:
+                break
+            if not block.is_expandable:
+                ranges.append((block.address, block.size))
+        return ranges
+
+    def _split(self, block: Block, size: int) -> Block:
+        """Cut a block behind ``size`` bytes; returns the new block behind the cut."""
+        rest = Block(block.address + size, block.size - size, block.pool, block.base, block.is_expandable)
+        rest.mapped, rest.prev, rest.next = block.mapped, block, block.next
+        if rest.next is not None:
+            rest.next.prev = rest
+        block.size, block.next = size, rest
+        return rest
+
+    def _melt(self, block: Block) -> Block:
+        """Join a block that is neither live nor in a list with its like neighbours; returns the joined block."""
+        for left, right in ((block.prev, block), (block, block.next)):
+            if left is None or right is None or left.live or right.live or left.mapped != right.mapped:
+                continue
+            other = left if right is block else right
+            if other.mapped:
+                other.pool.remove(other)
+            else:
+                other.pool.unmapped.remove(other)
+            left.size += right.size
+            left.next = right.next
+            if left.next is not None:
+                left.next.prev = left
+            block = left
+        return block
+
+
+def coin(seed: int, index: int) -> bool:
+    """Toss coin number ``index`` of a seed: a hash of both, the same in every form of the allocator."""
+    mask = (1 << 64) - 1
+    x = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return bool(x >> 63)
+
+
+def _room(block: Block) -> int:
+    """Bytes a block has, with what its segment can grow behind it."""
+    return block.size + (block.next.size if block.next is not None and not block.next.mapped else 0)
+
+
+def _mapped_runs(head: Block) -> Iterator[list[Block]]:
+    run: list[Block] = []
+    block: Block | None = head
+    while block is not None:
+        if block.mapped:
+            run.append(block)
+        if run and (not block.mapped or block.next is None):
+            yield run
+            run = []
+        block = block.next
