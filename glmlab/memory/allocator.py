@@ -318,7 +318,7 @@ class CachingAllocator:
         return block
 
     def place(self, address: int, size: int, requested: int) -> Block | None:
-        """Make an idle range live wherever it lies, or return None where it is not idle: how known blocks are restored."""
+        """Make an idle range live wherever it lies; None where it is not idle (restores what is known)."""
         block = self.block_at(address)
         if block is None or block.live or not block.mapped or block.end < address + size:
             return None

@@ -131,8 +131,8 @@ class EventProgram:
         if wrong.any():
             i = int(np.argmax(wrong))
             raise EventProgramError(
-                f"event {i} is {tuple(self.events[i].tolist())}: the mode must be 0 to {EMPTY_CACHE}, the age of a free "
-                f"at most {MAX_AGE}, a size below {len(self.sizes)} and an owner below {len(self.owners)}"
+                f"event {i} is {tuple(self.events[i].tolist())}: the mode must be 0 to {EMPTY_CACHE}, the age of a "
+                f"free at most {MAX_AGE}, a size below {len(self.sizes)} and an owner below {len(self.owners)}"
             )
         for name, slots in self.carried.items():
             if any(not 0 <= slot < self.slots(name) for slot in slots):
@@ -143,7 +143,11 @@ class EventProgram:
 
 @dataclass(frozen=True)
 class Replay:
-    """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes."""
+    """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes.
+
+    ``allocated + free_small + free_large == reserved`` in every row. With a capacity the replay ends before the row
+    that did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` is what PyTorch would raise.
+    """
 
     reserved: Int64Array  # (rows,) after the row
     allocated: Int64Array  # (rows,) after the row
