@@ -1,0 +1,355 @@
+"""What memory is in use now: gpustat, torch.cuda and the process itself, three sources in one Reading.
+
+    gpustat      used_mib, process_mib, others_mib   what the driver counts: reserved + CUDA context + other programs
+    torch.cuda   allocated_mib, reserved_mib, peaks  what this process's PyTorch allocator counts
+    process      rss_mib                             host memory of this process; all there is without a GPU
+
+gpustat's query sleeps 100 ms inside, so :meth:`MemoryProbe.read` is for once a turn; :meth:`MemoryProbe.read_fast` asks
+the driver's library (NVML) directly, in about 0.02 ms, and is for every token. Both count the same thing.
+
+NVML ignores CUDA_VISIBLE_DEVICES and numbers GPUs in another order than CUDA does, so a GPU is found by its UUID. On a
+MIG slice the slice's own figures are read, through NVML, since gpustat only knows whole GPUs.
+
+Under Windows (WDDM), and in containers that do not see the host's process ids, the driver withholds the figures of
+single processes. They are then None: missing, not 0.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from glmlab.errors import GlmlabError
+from glmlab.units import MIB, mib
+
+if TYPE_CHECKING:
+    import torch
+
+READING_COLUMNS = (
+    "gpu",
+    "used_mib",
+    "process_mib",
+    "others_mib",
+    "reserved_mib",
+    "allocated_mib",
+    "peak_allocated_mib",
+    "peak_reserved_mib",
+    "rss_mib",
+)
+"""What a reading gives to a row of a recording."""
+
+
+class ProbeError(GlmlabError):
+    """The driver cannot be asked, or does not answer any more; says which GPU and what to do."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Memory at one moment, of one GPU or, where ``gpu`` is None, of a process without one. What is unknown is None."""
+
+    source: str
+    """Where used_mib comes from: "gpustat", "nvml", or "process" (no GPU)."""
+    rss_mib: float
+    """Resident host memory of this process."""
+    gpu: int | None = None
+    """Index of the GPU as nvidia-smi and gpustat count."""
+    uuid: str | None = None
+    name: str | None = None
+    total_mib: float | None = None
+    used_mib: float | None = None
+    process_mib: float | None = None
+    """This process's part of used_mib."""
+    others_mib: float | None = None
+    """Sum over the other processes; None unless the driver tells every one of them."""
+    allocated_mib: float | None = None
+    reserved_mib: float | None = None
+    peak_allocated_mib: float | None = None
+    """Highest allocated_mib since the reading before; in the first one, since the process started."""
+    peak_reserved_mib: float | None = None
+
+    def row(self) -> dict[str, float | int | None]:
+        """The figures under the names that a recording's columns have.
+
+        Example:
+            >>> Reading("process", rss_mib=512.0).row()["rss_mib"]
+            512.0
+        """
+        fields = asdict(self)
+        return {column: fields[column] for column in READING_COLUMNS}
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """One CUDA device of torch and what NVML calls it."""
+
+    ordinal: int  # torch's number
+    index: int  # NVML's number, of the whole GPU where this is a MIG slice
+    uuid: str
+    name: str
+    is_mig: bool
+    handle: Any
+
+
+class MemoryProbe:
+    """Reads the memory of the GPUs that a model lies on, or of the process where it lies on none.
+
+    Args:
+        devices: one torch device or several ("cpu", "cuda:0", ``torch.device("cuda", 1)``); each CUDA device gives one
+            Reading.
+
+    Raises:
+        ProbeError: a CUDA device without a driver library, or one that the driver does not know.
+
+    Example:
+        >>> readings = MemoryProbe("cpu").read()
+        >>> [(reading.source, reading.used_mib, reading.rss_mib > 1) for reading in readings]
+        [('process', None, True)]
+    """
+
+    def __init__(self, devices: "str | torch.device | Sequence[str | torch.device]" = "cpu") -> None:
+        several = [devices] if isinstance(devices, str) or not isinstance(devices, Sequence) else list(devices)
+        ordinals = sorted({_ordinal(str(device)) for device in several if str(device).startswith("cuda")})
+        self.driver: str | None = None
+        """Version of the NVIDIA driver; None without a GPU."""
+        self._gpus: list[_Gpu] = []
+        if ordinals:
+            with _driver_errors("before the first reading"):
+                nvml = _nvml()
+                nvml.nvmlInit()
+                self.driver = nvml.nvmlSystemGetDriverVersion()
+                self._gpus = [_find_gpu(nvml, ordinal) for ordinal in ordinals]
+
+    @classmethod
+    def for_model(cls, model: Any) -> "MemoryProbe":
+        """Probe of every device that a model's parameters and buffers lie on."""
+        tensors = [*model.parameters(), *model.buffers()]
+        return cls(sorted({str(tensor.device) for tensor in tensors}))
+
+    @property
+    def gpus(self) -> list[dict[str, Any]]:
+        """Index, name and total_mib of each GPU, for a recording's provenance."""
+        with _driver_errors("before the first reading"):
+            return [
+                {"index": gpu.index, "name": gpu.name, "total_mib": _ask_nvml(gpu)["total_mib"]} for gpu in self._gpus
+            ]
+
+    def read(self) -> list[Reading]:
+        """Read through gpustat, torch.cuda and the process; takes 100 ms per GPU.
+
+        Raises:
+            ProbeError: the driver went away.
+        """
+        return self._readings(fast=False)
+
+    def read_fast(self) -> list[Reading]:
+        """Read the same figures with NVML in gpustat's place; takes less than 1 ms.
+
+        Raises:
+            ProbeError: the driver went away.
+        """
+        return self._readings(fast=True)
+
+    def _readings(self, *, fast: bool) -> list[Reading]:
+        import psutil
+
+        rss_mib = mib(psutil.Process().memory_info().rss)
+        if not self._gpus:
+            return [Reading("process", rss_mib)]
+        with _driver_errors("while reading"):
+            asked = [gpu for gpu in self._gpus if not (fast or gpu.is_mig)]
+            by_gpustat = _ask_gpustat(asked) if asked else {}
+            readings = []
+            for gpu in self._gpus:
+                if gpu.uuid in by_gpustat:
+                    source, driver_figures = "gpustat", by_gpustat[gpu.uuid]
+                else:
+                    source, driver_figures = "nvml", _ask_nvml(gpu)
+                readings.append(
+                    Reading(
+                        source,
+                        rss_mib,
+                        gpu=gpu.index,
+                        uuid=gpu.uuid,
+                        name=gpu.name,
+                        **driver_figures,
+                        **_ask_torch(gpu.ordinal),
+                    )
+                )
+        return readings
+
+
+# ------------------------------------------------------------------------------------------ three sources
+
+Figures = dict[str, float | None]
+
+
+def _ask_gpustat(gpus: Sequence[_Gpu]) -> dict[str, Figures]:
+    """Figures by UUID, in whole MiB; gpustat leaves out processes that the operating system does not show it."""
+    import gpustat
+
+    figures = {}
+    for stat in gpustat.GPUStatCollection.new_query(id=[gpu.index for gpu in gpus]):
+        if not stat.available or stat.entry["memory.used"] is None:
+            raise ProbeError(f"GPU {stat.index} does not answer any more ({stat.name}). {_MEND}")
+        processes = [(process["pid"], process["gpu_memory_usage"]) for process in stat.processes or []]
+        figures[stat.uuid] = {
+            "total_mib": float(stat.memory_total),
+            "used_mib": float(stat.memory_used),
+            **_by_process(processes),
+        }
+    return figures
+
+
+def _ask_nvml(gpu: _Gpu) -> Figures:
+    nvml = _nvml()
+    memory = nvml.nvmlDeviceGetMemoryInfo(gpu.handle)
+    by_pid: dict[int, float | None] = {}
+    for running in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+        try:
+            listed = running(gpu.handle)
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
+            continue
+        for process in listed:
+            by_pid.setdefault(process.pid, process.usedGpuMemory / MIB if process.usedGpuMemory else None)
+    return {"total_mib": mib(memory.total), "used_mib": mib(memory.used), **_by_process(list(by_pid.items()))}
+
+
+def _by_process(processes: Sequence[tuple[int, float | None]]) -> Figures:
+    """Own figure and the sum of the others'; None where the driver does not list or does not tell them.
+
+    A process that uses the GPU but is not listed runs where the driver's process ids mean nothing: then nobody can say
+    that a listed figure is another's.
+    """
+    own = [figure for pid, figure in processes if pid == os.getpid()]
+    others = [figure for pid, figure in processes if pid != os.getpid()]
+    told = [float(figure) for figure in others if figure is not None]
+    return {
+        "process_mib": float(own[0]) if own and own[0] is not None else None,
+        "others_mib": sum(told) if own and len(told) == len(others) else None,
+    }
+
+
+def _ask_torch(ordinal: int) -> Figures:
+    import torch
+
+    figures: Figures = {
+        "allocated_mib": mib(torch.cuda.memory_allocated(ordinal)),
+        "reserved_mib": mib(torch.cuda.memory_reserved(ordinal)),
+        "peak_allocated_mib": mib(torch.cuda.max_memory_allocated(ordinal)),
+        "peak_reserved_mib": mib(torch.cuda.max_memory_reserved(ordinal)),
+    }
+    torch.cuda.reset_peak_memory_stats(ordinal)
+    return figures
+
+
+# ------------------------------------------------------------------------------------------ which GPU is it
+
+_MEND = "Check it with nvidia-smi; a driver that was updated or reset needs a restart of the machine or the container."
+
+
+def _nvml() -> Any:
+    """Return pynvml as gpustat patches it, so that "used" means the same in both (without the driver's own reserve)."""
+    from gpustat.nvml import pynvml
+
+    return pynvml
+
+
+@contextmanager
+def _driver_errors(when: str) -> Iterator[None]:
+    """Turn NVML's errors into one that says what to do."""
+    nvml = _nvml()
+    try:
+        yield
+    except nvml.NVMLError_LibraryNotFound as error:
+        raise ProbeError(
+            "the model lies on a GPU, but the NVIDIA driver's library (libnvidia-ml.so.1, nvml.dll) is not there, so "
+            "nobody can say how much of the GPU is used. Install the driver; in a container, run it with --gpus all "
+            "(NVIDIA_DRIVER_CAPABILITIES must include 'utility'); under WSL put /usr/lib/wsl/lib on LD_LIBRARY_PATH."
+        ) from error
+    except nvml.NVMLError as error:
+        raise ProbeError(f"the NVIDIA driver does not answer {when} ({error}). {_MEND}") from error
+
+
+def _ordinal(device: str) -> int:
+    """Torch's number of a CUDA device; plain "cuda" is the current one."""
+    import torch
+
+    parsed = torch.device(device)
+    return torch.cuda.current_device() if parsed.index is None else parsed.index
+
+
+def _find_gpu(nvml: Any, ordinal: int) -> _Gpu:
+    """Find the GPU or MIG slice that torch calls ``cuda:ordinal``."""
+    import torch
+
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if ordinal < len(visible) and visible[ordinal].startswith("MIG-"):
+        slice_handle = nvml.nvmlDeviceGetHandleByUUID(visible[ordinal])
+        whole = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(slice_handle)
+        return _describe(nvml, ordinal, slice_handle, whole)
+
+    wanted = str(torch.cuda.get_device_properties(ordinal).uuid)
+    wholes = _answering_gpus(nvml)
+    for whole in wholes:
+        slices = _mig_slices(nvml, whole)
+        for slice_handle in slices:
+            if _bare_uuid(nvml.nvmlDeviceGetUUID(slice_handle)) == wanted:
+                return _describe(nvml, ordinal, slice_handle, whole)
+        if _bare_uuid(nvml.nvmlDeviceGetUUID(whole)) == wanted:
+            if len(slices) > 1:
+                names = ", ".join(nvml.nvmlDeviceGetUUID(slice_handle) for slice_handle in slices)
+                raise ProbeError(
+                    f"cuda:{ordinal} is one of {len(slices)} MIG slices of a GPU, and CUDA does not say which. Name it "
+                    f"before starting: CUDA_VISIBLE_DEVICES=<one of {names}>."
+                )
+            return _describe(nvml, ordinal, slices[0] if slices else whole, whole)
+    known = ", ".join(nvml.nvmlDeviceGetUUID(whole) for whole in wholes) or "none"
+    raise ProbeError(
+        f"the driver lists no GPU with the UUID of cuda:{ordinal} ({wanted}); it lists: {known}. CUDA and the driver's "
+        "library disagree, as they do after an update: restart the machine or the container."
+    )
+
+
+def _answering_gpus(nvml: Any) -> list[Any]:
+    """Handles of all GPUs but those that are lost, which must not hide the others."""
+    handles = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handles.append(nvml.nvmlDeviceGetHandleByIndex(index))
+        except nvml.NVMLError_GpuIsLost:
+            continue
+    return handles
+
+
+def _mig_slices(nvml: Any, whole: Any) -> list[Any]:
+    """Handles of the MIG slices of a GPU; none where MIG is off or unknown to the driver."""
+    try:
+        if nvml.nvmlDeviceGetMigMode(whole)[0] != nvml.NVML_DEVICE_MIG_ENABLE:
+            return []
+        n_places = nvml.nvmlDeviceGetMaxMigDeviceCount(whole)
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+        return []
+    slices = []
+    for place in range(n_places):
+        try:
+            slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, place))
+        except nvml.NVMLError_NotFound:  # an empty place
+            continue
+    return slices
+
+
+def _describe(nvml: Any, ordinal: int, handle: Any, whole: Any) -> _Gpu:
+    uuid = nvml.nvmlDeviceGetUUID(handle)
+    index = nvml.nvmlDeviceGetIndex(whole)
+    return _Gpu(ordinal, index, uuid, nvml.nvmlDeviceGetName(handle), uuid.startswith("MIG-"), handle)
+
+
+def _bare_uuid(uuid: str) -> str:
+    """UUID without NVML's prefix, as CUDA writes it.
+
+    Example:
+        >>> _bare_uuid("GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae")
+        'ffc79498-8ff3-c2dc-3b0d-fafd804516ae'
+    """
+    return uuid.removeprefix("GPU-").removeprefix("MIG-")

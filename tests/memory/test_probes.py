@@ -1,0 +1,262 @@
+"""Probes against the real gpustat and pynvml over a stand-in driver library; torch.cuda is faked, psutil is real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from fake_gpu import GPU_UUIDS, MIG_UUIDS, FakeCuda, FakeDriver, build_library, install_driver
+from torch import nn
+
+from glmlab.memory.probes import MemoryProbe, ProbeError, Reading
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_library(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return install_driver(library, tmp_path / "state", monkeypatch)
+
+
+def other_pid() -> int:
+    """A process that is not this one, and that gpustat can look up."""
+    return os.getppid()
+
+
+def both_ways(probe: MemoryProbe) -> list[list[Reading]]:
+    return [probe.read(), probe.read_fast()]
+
+
+# --------------------------------------------------------------------------------------------- without a GPU
+
+
+def test_without_a_gpu_only_the_process_is_read() -> None:
+    (reading,) = MemoryProbe("cpu").read()
+
+    rss_mib = psutil.Process().memory_info().rss / 2**20
+    assert reading.source == "process"
+    assert reading.rss_mib == pytest.approx(rss_mib, rel=0.2)
+    unknown = {name: value for name, value in reading.row().items() if name != "rss_mib"}
+    assert set(unknown.values()) == {None}
+
+
+def test_rss_follows_the_memory_that_is_touched() -> None:
+    probe = MemoryProbe()
+    before = probe.read_fast()[0].rss_mib
+    ballast = bytearray(b"x") * (64 * 2**20)
+
+    assert probe.read_fast()[0].rss_mib - before > 32
+    assert len(ballast) == 64 * 2**20
+
+
+def test_gpu_without_a_driver_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpustat.nvml import pynvml
+
+    def no_library() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "_LoadNvmlLibrary", no_library)
+    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+
+    with pytest.raises(
+        ProbeError, match=r"NVIDIA driver's library .* is not there.*Install the driver; in a container"
+    ):
+        MemoryProbe("cuda:0")
+
+
+def test_importing_the_probes_loads_neither_torch_nor_gpustat() -> None:
+    code = "import sys, glmlab.memory.probes; print(sorted({'torch', 'gpustat', 'pynvml'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------- which GPU
+
+
+def test_gpu_is_found_by_uuid_where_cuda_counts_in_another_order(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.says("gpu 24000 1000", "gpu 80000 2000")
+    FakeCuda((GPU_UUIDS[1], GPU_UUIDS[0])).install(monkeypatch)  # CUDA counts the fastest first
+
+    for readings in both_ways(MemoryProbe("cuda")):
+        assert [(r.gpu, r.used_mib, r.total_mib) for r in readings] == [(1, 2000.0, 80000.0)]
+
+
+def test_several_gpus_give_several_readings(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000", "gpu 80000 2000", "gpu 24000 3000")
+    FakeCuda((GPU_UUIDS[2], GPU_UUIDS[0])).install(monkeypatch)
+
+    for readings in both_ways(MemoryProbe(["cuda:0", "cuda:1", "cuda:1", "cpu"])):
+        assert [(r.gpu, r.used_mib) for r in readings] == [(2, 3000.0), (0, 1000.0)]
+
+
+def test_model_is_read_on_the_devices_it_lies_on() -> None:
+    assert [r.source for r in MemoryProbe.for_model(nn.Linear(2, 2)).read()] == ["process"]
+
+
+def test_hidden_gpu_end_to_end_with_the_library_found_by_the_loader(library: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.write_text("gpu 24000 1000 self=111\ngpu 80000 2000 self=222\n", encoding="utf-8")
+    code = """
+import pytest
+from fake_gpu import GPU_UUIDS, FakeCuda
+from glmlab.memory.probes import MemoryProbe
+with pytest.MonkeyPatch.context() as patch:
+    FakeCuda(GPU_UUIDS[:2]).install(patch)
+    probe = MemoryProbe("cuda:0")
+    print([(r.source, r.gpu, r.used_mib, r.process_mib) for r in probe.read() + probe.read_fast()], probe.driver)
+"""
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(library.parent),
+        "FAKE_NVML_STATE": str(state),
+        "CUDA_VISIBLE_DEVICES": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[('gpustat', 1, 2000.0, 222.0), ('nvml', 1, 2000.0, 222.0)] 999.00.fake"
+
+
+def test_lost_neighbour_does_not_hide_the_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000", "lost", "gpu 80000 2000")
+    FakeCuda((GPU_UUIDS[1],)).install(monkeypatch)
+
+    for readings in both_ways(MemoryProbe("cuda:0")):
+        assert [(r.gpu, r.used_mib) for r in readings] == [(1, 2000.0)]
+
+
+def test_gpu_that_the_driver_does_not_list_is_refused(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000")
+    FakeCuda((GPU_UUIDS[3],)).install(monkeypatch)
+
+    with pytest.raises(ProbeError, match=rf"no GPU with the UUID of cuda:0 \({GPU_UUIDS[3]}\); it lists: GPU-.*0\."):
+        MemoryProbe("cuda:0")
+
+
+# ----------------------------------------------------------------------------------------------------- MIG
+
+
+def test_mig_slice_named_in_cuda_visible_devices_is_read(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 80000 30000", "mig 10000 900", f"mig 20000 1900 self=1800 {other_pid()}=50")
+    FakeCuda((GPU_UUIDS[0],)).install(monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{MIG_UUIDS[1]}")
+
+    for readings in both_ways(MemoryProbe("cuda:0")):
+        assert [(r.source, r.gpu, r.name, r.total_mib, r.used_mib, r.process_mib, r.others_mib) for r in readings] == [
+            ("nvml", 0, "Fake GPU MIG 1g.10gb", 20000.0, 1900.0, 1800.0, 50.0)
+        ]
+
+
+def test_mig_slice_is_found_by_the_uuid_that_cuda_gives(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 80000 30000", "mig 10000 900", "mig 20000 1900")
+    FakeCuda((MIG_UUIDS[0],)).install(monkeypatch)
+
+    assert [r.used_mib for r in MemoryProbe("cuda:0").read()] == [900.0]
+
+
+def test_only_slice_of_a_gpu_needs_no_name_but_one_of_two_does(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeCuda((GPU_UUIDS[0],)).install(monkeypatch)
+
+    driver.says("gpu 80000 30000", "mig 10000 900")
+    assert [r.used_mib for r in MemoryProbe("cuda:0").read()] == [900.0]
+
+    driver.says("gpu 80000 30000", "mig 10000 900", "mig 20000 1900")
+    with pytest.raises(
+        ProbeError, match=rf"one of 2 MIG slices.*CUDA_VISIBLE_DEVICES=<one of MIG-{MIG_UUIDS[0]}, MIG-"
+    ):
+        MemoryProbe("cuda:0")
+
+
+# -------------------------------------------------------------------------------------- figures of processes
+
+
+@pytest.mark.parametrize(
+    ("processes", "process_mib", "others_mib"),
+    [
+        ("self=700 {other}=200", 700.0, 200.0),
+        ("self=700", 700.0, 0.0),  # the driver lists every process, and there is no other
+        ("", None, None),  # a container that does not see the host's process ids
+        ("{other}=200", None, None),
+        ("self=withheld {other}=withheld", None, None),  # Windows (WDDM)
+        ("self=700 {other}=withheld", 700.0, None),
+    ],
+)
+def test_figures_that_the_driver_withholds_are_missing(
+    driver: FakeDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    processes: str,
+    process_mib: float | None,
+    others_mib: float | None,
+) -> None:
+    driver.says(f"gpu 24000 1000 {processes.format(other=other_pid())}")
+    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+
+    for readings in both_ways(MemoryProbe("cuda:0")):
+        assert [(r.used_mib, r.process_mib, r.others_mib) for r in readings] == [(1000.0, process_mib, others_mib)]
+
+
+# ----------------------------------------------------------------------------------------------- torch.cuda
+
+
+def test_peaks_are_those_since_the_reading_before(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000")
+    cuda = FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+    probe = MemoryProbe("cuda:0")
+    cuda.allocate(50)
+    cuda.allocate(-30)
+
+    first, second = probe.read()[0], probe.read_fast()[0]
+
+    assert (first.allocated_mib, first.reserved_mib) == (120.0, 240.0)
+    assert (first.peak_allocated_mib, first.peak_reserved_mib) == (150.0, 300.0)
+    assert second.peak_allocated_mib == 120.0
+
+
+def test_asking_for_the_gpus_leaves_the_peaks_alone(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000")
+    cuda = FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+    probe = MemoryProbe("cuda:0")
+    cuda.allocate(50)
+    cuda.allocate(-50)
+
+    assert probe.gpus == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
+    assert probe.read()[0].peak_allocated_mib == 150.0
+
+
+# -------------------------------------------------------------------------------------- the driver goes away
+
+
+def test_driver_gone_in_mid_run(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000")
+    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+    probe = MemoryProbe("cuda:0")
+    assert probe.read()[0].used_mib == 1000.0
+
+    driver.goes_away()
+
+    for read in (probe.read, probe.read_fast):
+        with pytest.raises(ProbeError, match=r"driver does not answer while reading \(.*\)\. Check it with nvidia-smi"):
+            read()
+
+
+def test_gpu_lost_in_mid_run(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.says("gpu 24000 1000")
+    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+    probe = MemoryProbe("cuda:0")
+
+    driver.says("gpu 24000 1000", "lost")
+
+    for read in (probe.read, probe.read_fast):
+        with pytest.raises(ProbeError, match="lost"):
+            read()
