@@ -1,0 +1,291 @@
+"""A conversation over one kept KV cache: every turn feeds only what is new."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tokenizers.decoders import DecodeStream
+from transformers import DynamicCache, GenerationConfig
+
+from glmlab.errors import GlmlabError
+from glmlab.generation.decoding import Keep, context_limit, decode_steps
+from glmlab.generation.prompts import Message, chat_segments, encode_chat, encode_segments
+from glmlab.models.chatglm3 import ChatGLMTokenizer
+from glmlab.models.loading import LoadedModel
+
+_NOTHING = Keep(top_k=0)
+
+
+class ContextFullError(GlmlabError):
+    """A message does not fit behind the history; the text names the limit and the tokens on both sides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message and its answer, as far as it has come."""
+
+    number: int
+    """From 1."""
+    user_text: str
+    text: str
+    """The answer so far, without metadata and stop token."""
+    metadata: str
+    """The line before the text: the name of the tool that the answer calls, else empty (ChatGLM3 only)."""
+    new_text: str
+    """What this token added to the text; empty while a character is not complete."""
+    token_ids: tuple[int, ...]
+    """All generated ids, the stop token too."""
+    prompt_tokens: int
+    """Tokens that the turn fed before the first generated one."""
+    generated_tokens: int
+    context_tokens: int
+    """Tokens whose keys and values are cached: the last generated token is not fed yet."""
+    context_characters: int
+    """Characters of all messages so far, this answer included."""
+    kv_bytes: int
+    first_token_s: float | None
+    """Seconds from the call to the first token; None for a restored turn."""
+    token_s: float | None
+    """Mean seconds of the tokens after the first; None before there is one."""
+    stop_reason: str | None
+    """None while the answer goes on; then "stop token", "length", "context limit" or "interrupted"."""
+
+
+class ChatSession:
+    """A chat whose keys and values stay cached between turns.
+
+    Args:
+        loaded: from ``load_model``.
+        system: text of the system message; none without it.
+        tools: tool descriptions, listed in the system message.
+        max_new_tokens: longest answer; without it, what the context has left.
+        generation_config: sampling as in transformers; the model's own without it.
+
+    Example:
+        >>> from glmlab import load_model
+        >>> session = ChatSession(load_model("embedded", precision="fp32", device="cpu"), max_new_tokens=60)
+        >>> *_, turn = session.say("你好")
+        >>> turn.number, turn.stop_reason
+        (1, 'stop token')
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        system: str | None = None,
+        tools: Sequence[Any] | None = None,
+        max_new_tokens: int | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
+        self.loaded = loaded
+        self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._tools = tools
+        self._max_new_tokens = max_new_tokens
+        self._generation_config = generation_config
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the conversation and free its cache; the system message stays."""
+        self._messages: list[Message] = list(self._opening)
+        self._ids: list[int] = []  # every id of the conversation, fed or not
+        self._cache = DynamicCache(config=self.loaded.model.config)
+        self.turns: list[Turn] = []
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens whose keys and values are cached."""
+        return int(self._cache.get_seq_length())
+
+    @property
+    def context_characters(self) -> int:
+        """Characters of all messages, as the chapter's log counted them."""
+        return sum(len(message["content"]) for message in self._messages)
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens that the model's positions reach."""
+        return context_limit(self.loaded.model.config)
+
+    def say(
+        self, text: str, *, role: str = "user", max_new_tokens: int | None = None, min_new_tokens: int | None = None
+    ) -> Iterator[Turn]:
+        """Send a message and stream the answer: one growing :class:`Turn` a token, the last with a ``stop_reason``.
+
+        A turn that is left before its end is kept as far as it came ("interrupted"), and the chat can go on.
+
+        Args:
+            text: the message.
+            role: "user", or "observation" for the result of a tool that the last answer called.
+            max_new_tokens: longest answer, instead of the session's.
+            min_new_tokens: the stop token is held back until so many tokens are there.
+
+        Raises:
+            ContextFullError: history and message leave no room for an answer.
+            PromptError: the message breaks a rule of the chat format.
+        """
+        message = {"role": role, "content": text}
+        prompt_ids = self._prompt_with(message)
+        limit = self.context_limit
+        room = limit - len(prompt_ids) + 1  # the last generated token is not fed
+        if room < 1:
+            raise ContextFullError(
+                f"the context is full: the model's limit is {limit} tokens (max_position_embeddings), the history "
+                f"holds {self.context_tokens} and this message adds {len(prompt_ids) - self.context_tokens}. "
+                "Clear the conversation, or shorten the message."
+            )
+        asked = max_new_tokens or self._max_new_tokens or room
+        return self._answer(message, prompt_ids, min(asked, room), asked > room, min_new_tokens)
+
+    def restore(self, pairs: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Take up a conversation of earlier turns: (user text, generated ids), all prefilled in one forward pass.
+
+        Raises:
+            ContextFullError: the turns are longer than the context limit.
+        """
+        self.clear()
+        for number, (text, generated) in enumerate(pairs, start=1):
+            message = {"role": "user", "content": text}
+            prompt_ids = self._prompt_with(message)
+            metadata, answer = self._split_answer(self._decode(generated), complete=True)
+            self._ids = [*prompt_ids, *generated]
+            self._messages += [message, {"role": "assistant", "metadata": metadata, "content": answer}]
+            self.turns.append(
+                Turn(
+                    number=number,
+                    user_text=text,
+                    text=answer,
+                    metadata=metadata,
+                    new_text="",
+                    token_ids=tuple(generated),
+                    prompt_tokens=0,
+                    generated_tokens=len(generated),
+                    context_tokens=len(self._ids) - 1,
+                    context_characters=self.context_characters,
+                    kv_bytes=0,
+                    first_token_s=None,
+                    token_s=None,
+                    stop_reason="restored",
+                )
+            )
+        if len(self._ids) - 1 > self.context_limit:
+            raise ContextFullError(
+                f"the turns to restore have {len(self._ids)} tokens, but the model's limit is {self.context_limit} "
+                "(max_position_embeddings)."
+            )
+        if self._ids:
+            model = self.loaded.model
+            fed = torch.tensor([self._ids[:-1]], device=model.device)
+            with torch.no_grad():
+                model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+
+    def _prompt_with(self, message: Message) -> list[int]:
+        """Ids of the whole conversation with a new message and the opening of its answer."""
+        tokenizer = self.loaded.tokenizer
+        messages = [*self._messages, message]
+        if not isinstance(tokenizer, ChatGLMTokenizer) or not self._ids:
+            return encode_chat(tokenizer, messages, self._tools)
+        # generated ids stay as they are: encoding their text anew could cut it into other pieces
+        said = self._ids[:-1] if self._ids[-1] in self._stop_ids() else self._ids
+        segments = chat_segments(messages, self._tools)
+        new = [segment for segment in segments if segment.message == len(messages) - 1]
+        fresh = [token_id for ids in encode_segments(tokenizer, [*new, segments[-1]]) for token_id in ids]
+        return [*said, *fresh]
+
+    def _stop_ids(self) -> set[int]:
+        eos = self.loaded.model.generation_config.eos_token_id
+        return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+
+    def _answer(
+        self, message: Message, prompt_ids: list[int], max_new_tokens: int, cut_short: bool, min_new_tokens: int | None
+    ) -> Iterator[Turn]:
+        started = time.perf_counter()
+        kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
+        if kept < self.context_tokens:
+            self._cache.crop(kept - self.context_tokens)
+        config = self._generation_config or self.loaded.model.generation_config
+        if min_new_tokens is not None:
+            config = GenerationConfig(**{**config.to_dict(), "min_new_tokens": min_new_tokens})
+        steps = decode_steps(
+            self.loaded,
+            prompt_ids,
+            max_new_tokens=max_new_tokens,
+            generation_config=config,
+            keep=_NOTHING,
+            cache=self._cache,
+        )
+        turn = Turn(
+            number=len(self.turns) + 1,
+            user_text=message["content"],
+            text="",
+            metadata="",
+            new_text="",
+            token_ids=(),
+            prompt_tokens=len(prompt_ids) - kept,
+            generated_tokens=0,
+            context_tokens=kept,
+            context_characters=self.context_characters + len(message["content"]),
+            kv_bytes=0,
+            first_token_s=None,
+            token_s=None,
+            stop_reason=None,
+        )
+        before_characters = turn.context_characters
+        stream = DecodeStream(skip_special_tokens=True)
+        raw_text = ""
+        try:
+            for step in steps:
+                elapsed_s = time.perf_counter() - started
+                raw_text += stream.step(self.loaded.tokenizer.backend_tokenizer, step.token_id) or ""
+                reason = "context limit" if step.stop_reason == "length" and cut_short else step.stop_reason
+                token_ids = (*turn.token_ids, step.token_id)
+                if reason is not None:  # bytes of a character that never became complete show as U+FFFD
+                    raw_text = self._decode(token_ids)
+                metadata, text = self._split_answer(raw_text, complete=reason is not None)
+                first_token_s = turn.first_token_s if turn.first_token_s is not None else elapsed_s
+                turn = replace(
+                    turn,
+                    text=text,
+                    metadata=metadata,
+                    new_text=text[len(turn.text) :],
+                    token_ids=token_ids,
+                    generated_tokens=len(token_ids),
+                    context_tokens=step.context_length,
+                    context_characters=before_characters + len(text),
+                    kv_bytes=step.kv_bytes,
+                    first_token_s=first_token_s,
+                    token_s=(elapsed_s - first_token_s) / (len(token_ids) - 1) if len(token_ids) > 1 else None,
+                    stop_reason=reason,
+                )
+                if reason is not None:
+                    self._finish(message, prompt_ids, turn)
+                yield turn
+        finally:
+            if turn.stop_reason is None:
+                self._finish(message, prompt_ids, replace(turn, stop_reason="interrupted"))
+
+    def _finish(self, message: Message, prompt_ids: list[int], turn: Turn) -> None:
+        self._ids = [*prompt_ids, *turn.token_ids]
+        answer: Message = {"role": "assistant", "metadata": turn.metadata, "content": turn.text}
+        self._messages += [message, answer]
+        self.turns.append(turn)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def _split_answer(self, raw_text: str, *, complete: bool) -> tuple[str, str]:
+        """Metadata line and text of an answer; only ChatGLM3 writes the line, and random weights not even then."""
+        if not isinstance(self.loaded.tokenizer, ChatGLMTokenizer):
+            return "", raw_text
+        metadata, newline, text = raw_text.partition("\n")
+        if complete and not newline:
+            return "", raw_text
+        return metadata.strip(), text.removeprefix(" ")
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning, at most one less than ``other`` has: something must be left to feed."""
+    limit = min(len(one), len(other) - 1)
+    return next((i for i in range(limit) if one[i] != other[i]), limit)
