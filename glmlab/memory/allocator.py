@@ -147,6 +147,7 @@ class CachingAllocator:
         self.reserved_bytes = self.allocated_bytes = self.peak_allocated_bytes = 0
         self._pools: dict[tuple[tuple[int, int], bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}  # first block of every segment, by address
+        self._head_order: list[int] = []
         self._lowest = self._top = FIRST_ADDRESS
         self._segments_made = 0
 
@@ -210,7 +211,7 @@ class CachingAllocator:
     def segments(self) -> list[SegmentView]:
         """Return every segment with its blocks, ordered by address."""
         views: list[SegmentView] = []
-        for head in (self._heads[address] for address in sorted(self._heads)):
+        for head in (self._heads[address] for address in self._head_order):
             for run in _mapped_runs(head):
                 blocks = tuple(BlockView(b.address, b.size, b.requested if b.live else 0, b.live) for b in run)
                 name = "small" if head.pool.is_small else "large"
@@ -270,14 +271,14 @@ class CachingAllocator:
 
     def add_segment(self, pool: Pool, address: int, size: int) -> Block:
         """Add a segment that the driver gave; returns its one idle block."""
-        block = self._heads[address] = Block(address, size, pool, address, False)
+        block = self._add_head(Block(address, size, pool, address, False))
         self.reserved_bytes += size
         pool.add(block)
         return block
 
     def add_expandable(self, pool: Pool, address: int, space_bytes: int = EXPANDABLE_SPACE_BYTES) -> Block:
         """Add the address space of an expandable segment; nothing is mapped yet."""
-        block = self._heads[address] = Block(address, space_bytes, pool, address, True)
+        block = self._add_head(Block(address, space_bytes, pool, address, True))
         block.mapped = False
         bisect.insort(pool.unmapped, block, key=lambda b: b.address)
         return block
@@ -320,18 +321,20 @@ class CachingAllocator:
     def place(self, address: int, size: int, requested: int) -> Block | None:
         """Make an idle range live wherever it lies; None where it is not idle (restores what is known)."""
         block = self.block_at(address)
-        if block is None or block.live or not block.mapped or block.end < address + size:
+        return None if block is None else self.place_in(block, address, size, requested)
+
+    def place_in(self, block: Block, address: int, size: int, requested: int) -> Block | None:
+        """Make a range of an idle block live; None where the block is not idle or not as large."""
+        if block.live or not block.mapped or not block.address <= address or block.end < address + size:
             return None
+        block.pool.remove(block)
         if address > block.address:
-            block.pool.remove(block)
             front, block = block, self._split(block, address - block.address)
             front.pool.add(front)
-            block.pool.add(block)
         if size < block.size:
-            block.pool.remove(block)
             block.pool.add(self._split(block, size))
-            block.pool.add(block)
-        return self.take(block, block.size, requested)
+        block.pool.add(block)
+        return self.take(block, size, requested)
 
     def releasable(self, pool: Pool) -> list[tuple[int, int]]:
         """Return the ranges (address, bytes) of a pool that ``empty_cache()`` gives back, in its order."""
@@ -353,7 +356,7 @@ class CachingAllocator:
         pool.remove(block)
         self.reserved_bytes -= n_bytes
         if not block.is_expandable:
-            del self._heads[block.address]
+            self._drop_head(block)
             return
         if address > block.address:
             front, block = block, self._split(block, address - block.address)
@@ -363,19 +366,41 @@ class CachingAllocator:
         block.mapped = False
         hole = self._melt(block)
         if hole.prev is None and hole.next is None:
-            del self._heads[hole.address]  # the whole address space goes back
+            self._drop_head(hole)  # the whole address space goes back
         else:
             bisect.insort(pool.unmapped, hole, key=lambda b: b.address)
 
     def block_at(self, address: int) -> Block | None:
         """Return the block that contains an address, or None."""
-        heads = [head for head in self._heads if head <= address]
-        block: Block | None = self._heads[max(heads)] if heads else None
+        block = self._head_at(address)
         while block is not None and block.end <= address:
             block = block.next
         return block
 
+    def hole_at(self, address: int) -> Block | None:
+        """Return the unmapped block that contains an address, or None."""
+        block = self.block_at(address)
+        return None if block is None or block.mapped else block
+
+    def pool_at(self, address: int) -> Pool | None:
+        """Return the pool that owns the segment next below an address, or None."""
+        head = self._head_at(address)
+        return None if head is None else head.pool
+
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _head_at(self, address: int) -> Block | None:
+        i = bisect.bisect_right(self._head_order, address) - 1
+        return self._heads[self._head_order[i]] if i >= 0 else None
+
+    def _add_head(self, block: Block) -> Block:
+        self._heads[block.address] = block
+        bisect.insort(self._head_order, block.address)
+        return block
+
+    def _drop_head(self, block: Block) -> None:
+        del self._heads[block.address]
+        del self._head_order[bisect.bisect_left(self._head_order, block.address)]
 
     def _ask_driver(self, pool: Pool, size: int) -> Block | None:
         if self.settings.expandable_segments:
@@ -443,20 +468,28 @@ class CachingAllocator:
 
     def _melt(self, block: Block) -> Block:
         """Join a block that is neither live nor in a list with its like neighbours; returns the joined block."""
-        for left, right in ((block.prev, block), (block, block.next)):
-            if left is None or right is None or left.live or right.live or left.mapped != right.mapped:
-                continue
-            other = left if right is block else right
-            if other.mapped:
-                other.pool.remove(other)
-            else:
-                other.pool.unmapped.remove(other)
-            left.size += right.size
-            left.next = right.next
-            if left.next is not None:
-                left.next.prev = left
-            block = left
+        if block.prev is not None and not block.prev.live and block.prev.mapped == block.mapped:
+            block = block.prev
+            self._leave_list(block)
+            self._absorb_next(block)
+        if block.next is not None and not block.next.live and block.next.mapped == block.mapped:
+            self._leave_list(block.next)
+            self._absorb_next(block)
         return block
+
+    def _leave_list(self, block: Block) -> None:
+        if block.mapped:
+            block.pool.remove(block)
+        else:
+            block.pool.unmapped.remove(block)
+
+    def _absorb_next(self, block: Block) -> None:
+        gone = block.next
+        assert gone is not None
+        block.size += gone.size
+        block.next = gone.next
+        if block.next is not None:
+            block.next.prev = block
 
 
 def coin(seed: int, index: int) -> bool:

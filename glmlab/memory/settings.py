@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from glmlab.errors import GlmlabError
 from glmlab.units import MIB, format_bytes
@@ -70,7 +71,7 @@ class AllocatorSettings:
         """Blocks of this size and over are never split."""
         return (1 << 62) if self.max_split_size_mb is None else self.max_split_size_mb * MIB
 
-    @property
+    @cached_property
     def power2_divisions(self) -> tuple[int, ...]:
         """Divisions for each of the 16 powers of two from 1 MiB on."""
         named = self.roundup_power2_divisions

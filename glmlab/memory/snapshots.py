@@ -1,0 +1,539 @@
+"""A real GPU's memory snapshot, replayed: does our allocator choose what PyTorch chose?
+
+:func:`replay_snapshot` rebuilds the state before the history, from the final segments and the events backward. Then it goes
+forward: for every allocation our allocator names the address, for every segment taken from or given back to the driver it
+says whether and how large, and both are compared with what the history tells. After a difference it goes on from PyTorch's
+choice, so that one difference is counted once.
+
+What the history does not tell: a block of the large pool may keep an unsplit tail of up to 1 MiB. For blocks older than the
+history the tail is found so: the first allocation carved behind the block while it lives begins at its true end; and a gap
+of at most 1 MiB up to the next block is always a tail, since the large pool never leaves so little idle.
+"""
+
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from glmlab.memory.allocator import Block, CachingAllocator, Pool
+from glmlab.memory.settings import (
+    DEFAULT_POOL,
+    SMALL_REQUEST_BYTES,
+    SMALL_SEGMENT_BYTES,
+    AllocatorError,
+    AllocatorSettings,
+)
+from glmlab.memory.snapshot_files import (
+    DeviceHistory,
+    Event,
+    LiveBlock,
+    SegmentRecord,
+    Snapshot,
+    SnapshotError,
+    read_snapshot,
+)
+from glmlab.units import format_bytes
+
+__all__ = ["DeviceReport", "ReplayReport", "Snapshot", "SnapshotError", "read_snapshot", "replay_snapshot"]
+
+_SEGMENT_ACTIONS = {"segment_alloc", "segment_free", "segment_map", "segment_unmap"}
+_OTHER_ACTIONS = {"alloc", "free_requested", "free_completed", "oom", "snapshot", "user_defined"}
+
+
+@dataclass
+class DeviceReport:
+    """What was compared on one GPU; ``notes`` says what could not be compared, and why."""
+
+    device: int
+    allocations: int = 0
+    equal_addresses: int = 0
+    segments: int = 0
+    equal_segments: int = 0
+    first_difference: str | None = None
+    equal_final_state: bool = False
+    notes: list[str] = field(default_factory=list)
+    allocator: CachingAllocator | None = field(default=None, repr=False)
+
+    def note(self, text: str) -> None:
+        """Add a note, each one once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def differs(self, index: int, text: str) -> None:
+        """Keep the first difference only."""
+        if self.first_difference is None:
+            self.first_difference = f"device {self.device}, event {index}: {text}"
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """The comparison, device by device and in sum."""
+
+    devices: tuple[DeviceReport, ...]
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every address and every segment event is the allocator's choice."""
+        return all(d.allocations == d.equal_addresses and d.segments == d.equal_segments for d in self.devices)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what ``glmlab replay --json`` prints."""
+        sums = {
+            key: sum(getattr(device, key) for device in self.devices)
+            for key in ("allocations", "equal_addresses", "segments", "equal_segments")
+        }
+        first = next((d.first_difference for d in self.devices if d.first_difference), None)
+        devices = [
+            {
+                "device": d.device,
+                "allocations": d.allocations,
+                "equal_addresses": d.equal_addresses,
+                "segments": d.segments,
+                "equal_segments": d.equal_segments,
+                "first_difference": d.first_difference,
+                "equal_final_state": d.equal_final_state,
+                "notes": d.notes,
+            }
+            for d in self.devices
+        ]
+        return {**sums, "first_difference": first, "devices": devices}
+
+    def __str__(self) -> str:
+        lines = []
+        for d in self.devices:
+            lines.append(
+                f"device {d.device}: {d.equal_addresses} of {d.allocations} addresses and {d.equal_segments} of "
+                f"{d.segments} segment events equal; final state {'equal' if d.equal_final_state else 'differs'}"
+            )
+            lines += [f"  first difference: {d.first_difference}"] if d.first_difference else []
+            lines += [f"  note: {note}" for note in d.notes]
+        return "\n".join(lines)
+
+
+def replay_snapshot(snapshot: Snapshot) -> ReplayReport:
+    """Replay the history of every GPU of a snapshot and compare each choice; see the top of this module."""
+    return ReplayReport(tuple(_replay_device(snapshot, device) for device in snapshot.devices))
+
+
+def _replay_device(snapshot: Snapshot, history: DeviceHistory) -> DeviceReport:
+    report = DeviceReport(history.device)
+    settings = snapshot.settings
+    if settings is None:
+        grows = any(segment.is_expandable for segment in history.segments) or any(
+            event.action == "segment_map" for event in history.events
+        )
+        settings = AllocatorSettings(expandable_segments=grows)
+        report.note(f"the snapshot tells no allocator settings; taken: the defaults, expandable_segments {grows}")
+    if snapshot.has_garbage_collection:
+        report.note("garbage_collection_threshold is set: which idle segments it released cannot be foreseen")
+    events = _completed_frees(history.events, report)
+    start = _state_before(history.segments, events, settings, report)
+    _Forward(start, events, settings, report, snapshot.has_garbage_collection).run(history.segments)
+    return report
+
+
+def _completed_frees(events: Sequence[Event], report: DeviceReport) -> Sequence[Event]:
+    """Take requested frees for completed ones where the recording skipped the completed ones."""
+    actions = {event.action for event in events}
+    for action in sorted(actions - _SEGMENT_ACTIONS - _OTHER_ACTIONS):
+        report.note(f"events {action!r} are unknown here and left out")
+    if "free_completed" in actions or "free_requested" not in actions:
+        return events
+    report.note("the history has no completed frees; the requested ones are taken for them")
+    return [
+        Event("free_completed", e.address, e.size, e.stream, e.pool_id) if e.action == "free_requested" else e
+        for e in events
+    ]
+
+
+# -- the state before the history -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """Which pool a segment belongs to."""
+
+    stream: int
+    is_small: bool
+    pool_id: tuple[int, int]
+
+
+@dataclass
+class _Start:
+    """What the device held before the first event; owners also of segments that the events add."""
+
+    segments: dict[int, tuple[int, _Owner]]  # address -> bytes, owner; without expandable segments
+    mapped: dict[_Owner, list[tuple[int, int]]]  # mapped ranges (begin, end) of expandable segments
+    live: dict[int, LiveBlock]
+    owners: dict[int, _Owner]  # index of a segment event -> owner
+
+
+def _state_before(
+    segments: Sequence[SegmentRecord], events: Sequence[Event], settings: AllocatorSettings, report: DeviceReport
+) -> _Start:
+    """Undo the events one by one, from the last to the first, beginning with the final segments."""
+    start = _Start({}, {}, {}, {})
+    for segment in segments:
+        owner = _Owner(segment.stream, segment.is_small, segment.pool_id)
+        if segment.is_expandable:
+            _add_range(start.mapped.setdefault(owner, []), segment.address, segment.address + segment.size)
+        else:
+            start.segments[segment.address] = (segment.size, owner)
+        start.live.update((block.address, block) for block in segment.live)
+    owner_of_range = _range_owners(segments, events, settings)
+    freed_at: dict[int, int] = {}  # live before the history, freed in it: its true size is not told
+    for i in range(len(events) - 1, -1, -1):
+        event = events[i]
+        end = event.address + event.size
+        match event.action:
+            case "alloc":
+                if start.live.pop(event.address, None) is None:
+                    report.note(f"event {i} allocates a block that is missing afterwards: the history has gaps")
+                freed_at.pop(event.address, None)
+            case "free_completed":
+                size = settings.round_size(event.size)
+                start.live[event.address] = LiveBlock(event.address, size, event.size)
+                freed_at[event.address] = i
+            case "segment_alloc":
+                fallback = (event.size, _guess_owner(event))
+                start.owners[i] = start.segments.pop(event.address, fallback)[1]
+            case "segment_free":
+                start.owners[i] = _guess_owner(event)
+                start.segments[event.address] = (event.size, start.owners[i])
+            case "segment_map":
+                start.owners[i] = owner_of_range(event)
+                _cut_range(start.mapped.setdefault(start.owners[i], []), event.address, end)
+            case "segment_unmap":
+                start.owners[i] = owner_of_range(event)
+                _add_range(start.mapped.setdefault(start.owners[i], []), event.address, end)
+    _find_tails(start, events, freed_at, settings)
+    return start
+
+
+def _guess_owner(event: Event) -> _Owner:
+    return _Owner(event.stream, event.size == SMALL_SEGMENT_BYTES, event.pool_id or DEFAULT_POOL)
+
+
+def _range_owners(segments: Sequence[SegmentRecord], events: Sequence[Event], settings: AllocatorSettings) -> Any:
+    """Return a function that names the owner of a mapped or unmapped range: told, or that of the nearest known range."""
+    known = [(s.address, _Owner(s.stream, s.is_small, s.pool_id)) for s in segments if s.is_expandable]
+    page = settings.page_bytes(is_small=False)
+
+    def owner(event: Event) -> _Owner:
+        is_small = event.size == SMALL_SEGMENT_BYTES or event.size % page != 0
+        if event.action == "segment_unmap" and event.size % page == 0:
+            near = [(abs(address - event.address), o.is_small) for address, o in known if o.stream == event.stream]
+            is_small = min(near)[1] if near else False
+        like = [
+            (abs(a - event.address), o.pool_id) for a, o in known if (o.stream, o.is_small) == (event.stream, is_small)
+        ]
+        return _Owner(event.stream, is_small, event.pool_id or (min(like)[1] if like else DEFAULT_POOL))
+
+    known += [(event.address, owner(event)) for event in events if event.action == "segment_map"]
+    return owner
+
+
+def _add_range(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
+    touching = [r for r in ranges if r[0] <= end and begin <= r[1]]
+    ranges[:] = sorted(
+        [r for r in ranges if r not in touching]
+        + [(min([begin, *(r[0] for r in touching)]), max([end, *(r[1] for r in touching)]))]
+    )
+
+
+def _cut_range(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
+    pieces = [piece for b, e in ranges for piece in ((b, min(e, begin)), (max(b, end), e))]
+    ranges[:] = sorted((b, e) for b, e in pieces if b < e)
+
+
+def _find_tails(start: _Start, events: Sequence[Event], freed_at: dict[int, int], settings: AllocatorSettings) -> None:
+    """Give blocks of the large pool that were live before the history their true sizes (see the top of this module)."""
+    if settings.expandable_segments:
+        return  # then every rest from 512 B on is split off
+    allocations = sorted((event.address, i) for i, event in enumerate(events) if event.action == "alloc")
+    starts = sorted(start.live)
+    segment_starts = sorted(start.segments)
+    for address, index in freed_at.items():
+        block = start.live[address]
+        where = bisect.bisect_right(segment_starts, address) - 1
+        if block.size <= SMALL_REQUEST_BYTES or where < 0:
+            continue
+        end = address + block.size
+        limit = segment_starts[where] + start.segments[segment_starts[where]][0]
+        after = bisect.bisect_right(starts, address)
+        if after < len(starts):
+            limit = min(limit, starts[after])
+        is_oversize = block.size >= settings.max_split_bytes
+        first = bisect.bisect_left(allocations, (end, 0))
+        last = bisect.bisect_right(allocations, (end + SMALL_REQUEST_BYTES, len(events)))
+        carved = [(i, at) for at, i in allocations[first:last] if i < index]
+        if is_oversize or 0 < limit - end <= SMALL_REQUEST_BYTES:
+            end = limit
+        elif carved:
+            end = min(carved)[1]
+        start.live[address] = LiveBlock(address, max(end - address, block.size), block.requested)
+
+
+# -- forward, choice by choice --------------------------------------------------------------------------------------------
+
+
+class _Forward:
+    """Replays the events of one device and compares the allocator's choices with them."""
+
+    def __init__(
+        self,
+        start: _Start,
+        events: Sequence[Event],
+        settings: AllocatorSettings,
+        report: DeviceReport,
+        has_garbage_collection: bool,
+    ) -> None:
+        self.start, self.events, self.settings, self.report = start, events, settings, report
+        self.has_garbage_collection = has_garbage_collection
+        self.allocator = report.allocator = CachingAllocator(settings)
+        self.live: dict[int, Block] = {}
+        self.pending: list[int] = []  # segment events since the last allocation
+        self._restore()
+        owners = [owner for _, owner in start.segments.values()] + [*start.mapped, *start.owners.values()]
+        self.has_private_pools = any(owner.pool_id != DEFAULT_POOL for owner in owners)
+
+    def run(self, final: Sequence[SegmentRecord]) -> None:
+        """Go through all events, then compare the state at the end."""
+        for i, event in enumerate(self.events):
+            if event.action in _SEGMENT_ACTIONS:
+                self.pending.append(i)
+            elif event.action == "alloc":
+                self._allocate(i, event)
+            elif event.action == "free_completed":
+                self._driver_events(None, 0)
+                self._free(i, event)
+            elif event.action == "oom":
+                size = self.settings.round_size(event.size)
+                self._driver_events(self.allocator.pool(size, event.stream), size)
+        self._driver_events(None, 0)
+        self._compare_end(final)
+
+    def _restore(self) -> None:
+        heads = [
+            self.allocator.add_segment(self._pool(owner), address, size)
+            for address, (size, owner) in self.start.segments.items()
+        ]
+        for owner, ranges in self.start.mapped.items():
+            if not ranges:
+                continue
+            head = self.allocator.add_expandable(self._pool(owner), self._base(owner, ranges))
+            for begin, end in ranges:
+                self.allocator.map(begin, end - begin)
+            heads.append(head)
+        order = sorted(heads, key=lambda head: head.address)
+        addresses = [head.address for head in order]
+        at: dict[int, Block | None] = {}  # where the search goes on, segment by segment
+        for address in sorted(self.start.live):
+            known = self.start.live[address]
+            which = bisect.bisect_right(addresses, address) - 1
+            block = at.get(which, order[which]) if which >= 0 else None
+            while block is not None and block.end <= address:
+                block = block.next
+            placed = self.allocator.place_in(block, address, known.size, known.requested) if block else None
+            if placed is None:
+                self.report.note(
+                    f"a block at {address:#x} lies in no segment, or in another block: the history has gaps"
+                )
+            else:
+                self.live[address] = at[which] = placed
+
+    def _base(self, owner: _Owner, ranges: list[tuple[int, int]]) -> int:
+        """Where the address space of an expandable segment begins: the lowest address mapped while it lives."""
+        base, n_bytes = ranges[0][0], sum(end - begin for begin, end in ranges)
+        for i, event in enumerate(self.events):
+            if event.action in ("segment_map", "segment_unmap") and self.start.owners[i] == owner:
+                n_bytes += event.size if event.action == "segment_map" else -event.size
+                base = min(base, event.address)
+                if n_bytes <= 0:
+                    break
+        return base
+
+    def _pool(self, owner: _Owner) -> Pool:
+        return self.allocator.pool(SMALL_REQUEST_BYTES + (not owner.is_small), owner.stream, owner.pool_id)
+
+    def _allocate(self, i: int, event: Event) -> None:
+        size = self.settings.round_size(event.size)
+        pool = self.allocator.pool(size, event.stream, self._pool_id(event))
+        choice = self._driver_events(pool, size, i)
+        self.report.allocations += 1
+        if choice is not None and choice.address == event.address:
+            self.report.equal_addresses += 1
+            self.live[event.address] = self.allocator.take(choice, size, event.size)
+            return
+        theirs = f"{format_bytes(event.size)} of stream {event.stream} at {event.address:#x}"
+        ours = "asks the driver for a segment" if choice is None else f"takes {choice.address:#x} ({choice.size} B)"
+        self.report.differs(i, f"PyTorch puts {theirs}, the replay {ours}")
+        self._take_theirs(i, event, size)
+
+    def _take_theirs(self, i: int, event: Event, size: int) -> None:
+        block = self.allocator.block_at(event.address)
+        if block is not None and not block.live and block.mapped and not block.pool.is_small:
+            rest = block.end - event.address - size
+            size += rest if 0 < rest <= SMALL_REQUEST_BYTES and not self.settings.expandable_segments else 0
+        while block is not None and block.address < event.address + size:
+            if block.live:
+                self.report.note(f"event {i} allocates over a live block: the history has gaps")
+                self.live.pop(block.address, None)
+                self.allocator.free(block)
+                block = self.allocator.block_at(event.address)
+            elif block.end >= event.address + size:
+                break
+            else:
+                block = block.next
+        placed = self.allocator.place(event.address, size, event.size)
+        if placed is None:
+            self.report.note(f"event {i} allocates outside every known segment: not comparable")
+        else:
+            self.live[event.address] = placed
+
+    def _pool_id(self, event: Event) -> tuple[int, int]:
+        if event.pool_id is not None:
+            return event.pool_id
+        if not self.has_private_pools:
+            return DEFAULT_POOL
+        added = [i for i in self.pending if self.events[i].action in ("segment_alloc", "segment_map")]
+        if added:
+            return self.start.owners[added[-1]].pool_id
+        pool = self.allocator.pool_at(event.address)
+        return DEFAULT_POOL if pool is None else pool.pool_id
+
+    def _free(self, i: int, event: Event) -> None:
+        block = self.live.pop(event.address, None)
+        if block is None:
+            self.report.note(f"event {i} frees a block that nothing allocated: the history has gaps")
+        else:
+            self.allocator.free(block)
+
+    def _driver_events(self, pool: Pool | None, size: int, i: int | None = None) -> Block | None:
+        """Compare and apply the pending segment events; returns the allocator's choice for the request behind them.
+
+        ``pool`` and ``size`` are those of the request that caused the events, if one did; ``i`` is its index where it
+        succeeded.
+        """
+        runs: list[list[int]] = []
+        for index in self.pending:
+            if runs and _kind(self.events[runs[-1][0]]) == _kind(self.events[index]):
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        self.pending = []
+        choice = None if pool is None or runs else self.allocator.find(pool, size)
+        for run in runs:
+            match _kind(self.events[run[0]]):
+                case "release":
+                    self._released(run, pool, size)
+                    choice = None if pool is None else self.allocator.find(pool, size)
+                case "segment":
+                    choice = self._added(run, pool, size, is_last=i is not None and run is runs[-1])
+                case _:
+                    choice = self._mapped(run, pool, size)
+        return choice
+
+    def _added(self, run: list[int], pool: Pool | None, size: int, is_last: bool) -> Block | None:
+        """Compare the segments that the driver gave with what the allocator would have asked for."""
+        block = None
+        for n, index in enumerate(run):
+            event = self.events[index]
+            owner = self.start.owners[index]
+            if pool is None or not is_last or n < len(run) - 1:
+                self.report.note(f"event {index} adds a segment without an allocation behind it: not comparable")
+            else:
+                self.report.segments += 1
+                idle = self.allocator.find(pool, size)
+                asks = self.settings.segment_bytes(size)
+                if idle is None and asks == event.size and not self.settings.expandable_segments:
+                    self.report.equal_segments += 1
+                else:
+                    ours = f"asks for {asks} B" if idle is None else f"has the idle block {idle.address:#x}"
+                    self.report.differs(index, f"PyTorch takes a segment of {event.size} B, the replay {ours}")
+            block = self.allocator.add_segment(self._pool(owner), event.address, event.size)
+        return block
+
+    def _mapped(self, run: list[int], pool: Pool | None, size: int) -> Block | None:
+        """Compare the ranges mapped for one request with the allocator's plan."""
+        events = [self.events[index] for index in run]
+        target = self._pool(self.start.owners[run[0]])
+        if pool is None:
+            self.report.note(f"event {run[0]} maps memory without an allocation behind it: not comparable")
+            plan = []
+        else:
+            plan = [] if self.allocator.find(pool, size) else self.allocator.expansion(pool, size)
+        if (
+            self.allocator.hole_at(events[0].address) is None
+        ):  # a new address space: where it lies is the driver's choice
+            self.allocator.add_expandable(target, events[0].address)
+            plan = self.allocator.expansion(target, size) if pool is target and not plan else plan
+        block = None
+        for n, (index, event) in enumerate(zip(run, events, strict=True)):
+            if pool is not None:
+                self.report.segments += 1
+                if n < len(plan) and plan[n] == (event.address, event.size):
+                    self.report.equal_segments += 1
+                else:
+                    ours = f"maps {plan[n][1]} B at {plan[n][0]:#x}" if n < len(plan) else "maps nothing more"
+                    theirs = f"maps {event.size} B at {event.address:#x}"
+                    self.report.differs(index, f"PyTorch {theirs}, the replay {ours}")
+            try:
+                block = self.allocator.map(event.address, event.size)
+            except AllocatorError:
+                self.report.note(f"event {index} maps memory that is mapped already: the history has gaps")
+        return block
+
+    def _released(self, run: list[int], pool: Pool | None, size: int) -> None:
+        """Compare the segments given back to the driver with what the allocator would release, and in which order."""
+        events = [self.events[index] for index in run]
+        theirs = [(event.address, event.size) for event in events]
+        equal = 0
+        if pool is not None and self.settings.max_split_size_mb is not None:
+            first = self.allocator.releasable_for(pool, size)  # oversize blocks go first, and may be enough
+            if first and theirs[: len(first)] == first:
+                self._release(run[: len(first)])
+                equal, run, theirs = len(first), run[len(first) :], theirs[len(first) :]
+        expected: dict[Pool, list[tuple[int, int]]] = {}
+        for address, _ in theirs:
+            block = self.allocator.block_at(address)
+            if block is not None and block.pool not in expected:
+                same_owner = self.allocator.pools(block.pool.pool_id)
+                expected.update((other, self.allocator.releasable(other)) for other in same_owner)
+        wanted = [one for ranges in expected.values() for one in ranges]
+        missing = set(wanted) - set(theirs)
+        ordered = {one for ranges in expected.values() for one in _in_order(ranges, theirs)}
+        self.report.equal_segments += equal + len(ordered)
+        self.report.segments += equal + len(theirs) + len(missing)
+        if missing and self.has_garbage_collection and not set(theirs) - set(wanted):
+            self.report.segments -= len(missing)
+        elif missing or len(ordered) < len(theirs):
+            text = f"PyTorch gives back {len(theirs)} segments, the replay {len(wanted)}, {len(ordered)} of them equal"
+            self.report.differs(run[0], text)
+        self._release(run)
+
+    def _release(self, run: list[int]) -> None:
+        for index in run:
+            event = self.events[index]
+            try:
+                self.allocator.release(event.address, event.size)
+            except AllocatorError:
+                self.report.note(f"event {index} gives back a segment that is still in use here: the history has gaps")
+
+    def _compare_end(self, final: Sequence[SegmentRecord]) -> None:
+        ours = self.allocator.segments()
+        live = {(block.address, block.size) for segment in ours for block in segment.blocks if block.live}
+        theirs = {(block.address, block.size) for segment in final for block in segment.live}
+        segments = {(segment.address, segment.size) for segment in ours}
+        self.report.equal_final_state = live == theirs and segments == {(s.address, s.size) for s in final}
+
+
+def _kind(event: Event) -> str:
+    return {"segment_alloc": "segment", "segment_map": "range"}.get(event.action, "release")
+
+
+def _in_order(expected: Sequence[tuple[int, int]], found: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the expected ranges that come, among all expected ones found, at their place in the order."""
+    theirs = [one for one in found if one in set(expected)]
+    ours = [one for one in expected if one in set(found)]
+    return [a for a, b in zip(ours, theirs, strict=True) if a == b]
