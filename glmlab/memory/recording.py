@@ -1,0 +1,579 @@
+"""A chat, and the memory after every turn or every token: a recording.
+
+A recording is a measured Curve (``curve.py`` tells its columns) that grows while the chat goes on, in three files of
+one stem:
+
+    NAME.csv                 one row a turn (or a token), flushed and fsynced as it comes
+    NAME.json                kind, label and provenance; written first, so that a killed run has it too
+    NAME.transcript.jsonl    one line a finished turn: what was said, the answer's ids, and how long the CSV was then
+
+A killed run is continued from its last finished turn: the CSV is cut back to the length that the transcript gives (the
+rows of an unfinished turn would come twice), the earlier turns are prefilled in one pass, and the chat goes on. The
+memory after one long prefill is not the memory of a chat that was never interrupted: cached keys and values are the
+same bytes, but the allocator got there another way, and peaks differ. Every resumption is noted in the provenance.
+
+The CSV is locked while a run writes it, so two runs never write one file.
+"""
+
+import csv
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from io import StringIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+
+from glmlab.errors import GlmlabError
+from glmlab.generation.chat import ChatSession, ContextFullError, Turn
+from glmlab.memory.curve import Curve, csv_file, curve_json, read_curve, read_curve_json, write_atomically
+from glmlab.memory.probes import READING_COLUMNS, MemoryProbe, ProbeError, Reading
+from glmlab.models.checkpoints import EMBEDDED
+from glmlab.models.loading import LoadedModel, LoadReport
+from glmlab.resources import data_path
+from glmlab.units import mib
+
+COLUMNS = (
+    "step",
+    "turn",
+    "context_tokens",
+    "context_characters",
+    "prompt_tokens",
+    "generated_tokens",
+    *READING_COLUMNS,
+    "kv_mib",
+    "first_token_s",
+    "token_s",
+    "elapsed_s",
+)
+"""Columns of a recording, in order; ``curve.py`` says what they mean."""
+
+BUNDLED_CONVERSATIONS = ("long", "short")
+"""Names that :func:`load_conversation` finds in ``data/conversations``."""
+
+_SAME_ON_RESUME = ("model", "load_path", "precision", "dtype", "attention", "parameters", "gpus", "sampling", "rows")
+
+
+class RecordingError(GlmlabError):
+    """A recording cannot be started, continued or finished; says which file or setting is in the way."""
+
+
+class ConversationError(GlmlabError):
+    """A conversation file that cannot be used; says which turn and what is wrong with it."""
+
+
+# ------------------------------------------------------------------------------------------- the conversation
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user says in one turn, and the longest answer."""
+
+    user: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The user's side of a chat, fixed in a file."""
+
+    name: str
+    language: str
+    turns: tuple[Question, ...]
+    sha256: str
+    """Of the file's bytes."""
+
+
+def load_conversation(path: str | os.PathLike[str]) -> Conversation:
+    """Read a conversation file: ``{"name": …, "language": …, "turns": [{"user": …, "max_new_tokens": …}, …]}``.
+
+    Args:
+        path: a file, or "long" or "short" for those that come with the suite.
+
+    Raises:
+        ConversationError: the file is missing, is not JSON, or a turn lacks something.
+
+    Example:
+        >>> conversation = load_conversation("short")
+        >>> conversation.turns[0].user
+        '你好'
+    """
+    file = data_path("conversations", f"{path}.json") if path in BUNDLED_CONVERSATIONS else Path(path)
+    try:
+        content = file.read_bytes()
+        document = json.loads(content.decode("utf-8"))
+    except FileNotFoundError:
+        raise ConversationError(
+            f"{file} is not there. Give a conversation file, or one of {', '.join(BUNDLED_CONVERSATIONS)}."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConversationError(f"{file} is not readable as JSON in UTF-8 ({error}). Mend the file.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("turns"), list) or not document["turns"]:
+        raise ConversationError(
+            f'{file} has no list of turns. It needs "turns": [{{"user": …, "max_new_tokens": …}}, …].'
+        )
+    for field in ("name", "language"):
+        if not isinstance(document.get(field), str):
+            raise ConversationError(f'{file} has no {field}. Add "{field}": "…".')
+    turns = tuple(_question(file, number, turn) for number, turn in enumerate(document["turns"], start=1))
+    return Conversation(document["name"], document["language"], turns, hashlib.sha256(content).hexdigest())
+
+
+def _question(file: Path, number: int, turn: Any) -> Question:
+    user = turn.get("user") if isinstance(turn, dict) else None
+    if not isinstance(user, str) or not user.strip():
+        raise ConversationError(f'{file}: turn {number} says nothing. Give it "user": "…".')
+    budget = turn.get("max_new_tokens")
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ConversationError(
+            f'{file}: turn {number} has max_new_tokens {budget!r}. Give it "max_new_tokens": a whole number from 1 on.'
+        )
+    return Question(user, budget)
+
+
+# ------------------------------------------------------------------------------------------------- recording
+
+
+def record(
+    loaded: LoadedModel,
+    conversation: Conversation,
+    path: str | os.PathLike[str],
+    *,
+    every_token: bool = False,
+    resume: bool = False,
+    probe: MemoryProbe | None = None,
+) -> Curve:
+    """Chat through a conversation and record the memory after loading and after every turn.
+
+    Decoding is greedy. With random weights, whose answers have no end, every answer has exactly the turn's
+    ``max_new_tokens``; the provenance says so.
+
+    Args:
+        loaded: from ``load_model``.
+        conversation: what the user says.
+        path: the CSV file; it must not be there yet.
+        every_token: a row for every token instead of every turn.
+        resume: continue a recording that was killed or stopped, from its last finished turn.
+        probe: where to read the memory; by default every device that the model lies on.
+
+    Returns:
+        The recording, as :func:`~glmlab.memory.curve.read_curve` reads it.
+
+    Raises:
+        RecordingError: the file is there already (or, with ``resume``, is not), another run writes it, it was recorded
+            with another model or conversation, the context is full, or the driver went away.
+    """
+    session = ChatSession(loaded, generation_config=GenerationConfig(do_sample=False))
+    with Recorder(session, path, conversation=conversation, every_token=every_token, resume=resume, probe=probe) as run:
+        done = run.turns
+        with tqdm(total=len(conversation.turns), initial=done, unit="turn", desc=f"recording {run.path.stem}") as bar:
+            for question in conversation.turns[done:]:
+                for turn in run.say(question.user, max_new_tokens=question.max_new_tokens):
+                    bar.set_postfix_str(f"context {turn.context_tokens} tokens", refresh=False)
+                    bar.update(0)
+                bar.update(1)
+    return read_curve(run.path)
+
+
+class Recorder:
+    """Records a chat session: use :meth:`say` in place of the session's, inside a ``with`` block.
+
+    Args:
+        session: a session without turns.
+        path: the CSV file; it must not be there yet.
+        conversation: the file that the chat follows, if it follows one: its hash goes into the provenance.
+        every_token: a row for every token instead of every turn.
+        resume: continue the recording in ``path``; the session takes up its turns.
+        probe: where to read the memory; by default every device that the model lies on.
+
+    Raises:
+        RecordingError: as :func:`record`.
+    """
+
+    def __init__(
+        self,
+        session: ChatSession,
+        path: str | os.PathLike[str],
+        *,
+        conversation: Conversation | None = None,
+        every_token: bool = False,
+        resume: bool = False,
+        probe: MemoryProbe | None = None,
+    ) -> None:
+        self.path = csv_file(path)
+        """The CSV file."""
+        self.turns = 0
+        """Finished turns in the recording."""
+        self._session = session
+        self._every_token = every_token
+        self._conversation = conversation
+        self._probe = probe or MemoryProbe.for_model(session.loaded.model)
+        self._step = 0
+        self._provenance = _provenance(session, self._probe, conversation, every_token)
+        self._csv = _open_locked(self.path, resume=resume)
+        try:
+            # unbuffered, so that a line reaches the system in one piece
+            self._transcript = self._transcript_path.open("a+b", buffering=0)
+            self._began = time.perf_counter()
+            checkpoints = self._read_transcript() if resume else []
+            if checkpoints:
+                self._take_up(checkpoints)
+            else:
+                self._start()
+        except BaseException:
+            self._csv.close()
+            raise
+
+    @property
+    def _json_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    @property
+    def _transcript_path(self) -> Path:
+        return self.path.with_suffix(".transcript.jsonl")
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._provenance["status"] = "finished" if kind is None else f"stopped ({kind.__name__})"
+        self._write_json()
+        self._transcript.close()
+        self._csv.close()  # and with it the lock
+
+    def say(self, text: str, *, max_new_tokens: int | None = None) -> Iterator[Turn]:
+        """Stream the answer as :meth:`ChatSession.say` does, and record it.
+
+        With random weights the answer has exactly ``max_new_tokens``, where given.
+
+        Raises:
+            RecordingError: the context is full, or the driver went away; the rows so far are on disk.
+        """
+        min_new_tokens = max_new_tokens if self._random_weights else None
+        turns_before = len(self._session.turns)
+        away_s = 0.0  # time between two tokens that is not the model's
+        try:
+            stream = self._session.say(text, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+            with closing(stream):  # type: ignore[type-var]
+                for turn in stream:
+                    started = time.perf_counter()
+                    if turn.stop_reason is not None:
+                        self._finish_turn(turn, away_s)
+                    elif self._every_token:
+                        self._write_turn(turn, self._probe.read_fast(), away_s)
+                    yield turn
+                    away_s += time.perf_counter() - started
+        except (ProbeError, ContextFullError) as error:
+            raise RecordingError(self._what_is_left(error)) from error
+        except (GeneratorExit, KeyboardInterrupt):
+            # a typed chat goes on behind an answer that was cut off; a fixed one says the turn again when resumed
+            cut_off = self._session.turns[turns_before:]
+            if cut_off and cut_off[0].stop_reason == "interrupted" and self._conversation is None:
+                self._finish_turn(cut_off[0], away_s)
+            raise
+
+    def clear(self) -> None:
+        """Clear the session, and record the memory after it."""
+        self._session.clear()
+        self._write_rows(self._probe.read(), context_tokens=0, context_characters=0)
+        self._write_checkpoint({"clear": True})
+
+    # ------------------------------------------------------------------------------------- start and resume
+
+    def _start(self) -> None:
+        self._csv.truncate(0)
+        self._write_json()
+        self._append(COLUMNS)
+        self._write_rows(self._probe.read(), context_tokens=0, context_characters=0)
+        self._write_checkpoint({})
+
+    def _take_up(self, checkpoints: list[dict[str, Any]]) -> None:
+        """Cut the files back to the last finished turn and let the session prefill what was said."""
+        last = checkpoints[-1]
+        before = read_curve_json(self._json_path)["provenance"]
+        self._refuse_other_run(before)
+        if self._csv.seek(0, os.SEEK_END) < last["csv_bytes"]:
+            raise RecordingError(
+                f"{self.path} is shorter than its transcript says, so rows were lost. Record into another file."
+            )
+        self._csv.truncate(last["csv_bytes"])
+        self._csv.seek(0, os.SEEK_END)
+
+        cleared = max((i for i, checkpoint in enumerate(checkpoints) if "clear" in checkpoint), default=-1)
+        said = [checkpoint for checkpoint in checkpoints[cleared + 1 :] if "user" in checkpoint]
+        self._session.restore([(checkpoint["user"], checkpoint["ids"]) for checkpoint in said])
+        if said and self._session.context_tokens != last["context_tokens"]:
+            raise RecordingError(
+                f"the turns in {self._transcript_path.name} give {self._session.context_tokens} tokens of context now, "
+                f"but gave {last['context_tokens']} when recorded: tokenizer or chat format changed. Record into "
+                "another file."
+            )
+        self._probe.read_fast()  # so that the next row's peaks are not those of this prefill
+        self.turns, self._step = last["turn"], last["step"]
+        self._began = time.perf_counter() - last["elapsed_s"]
+        resumption = {
+            "date": self._provenance["date"],
+            "after_turn": self.turns,
+            "context_tokens": self._session.context_tokens,
+            "note": "the turns before were prefilled in one pass: keys and values are the same bytes, but reserved and "
+            "used memory from here on need not be those of a run that was never interrupted",
+        }
+        if (versions := self._provenance["versions"]) != before["versions"]:
+            resumption["versions"] = versions
+        self._provenance = {**before, "status": "running", "resumptions": [*before["resumptions"], resumption]}
+        self._write_json()
+
+    def _refuse_other_run(self, before: dict[str, Any]) -> None:
+        pairs = {name: (before.get(name), self._provenance[name]) for name in _SAME_ON_RESUME}
+        conversations = [(p.get("conversation") or {}).get("sha256") for p in (before, self._provenance)]
+        pairs["conversation (sha256)"] = (conversations[0], conversations[1])
+        different = [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
+        if different:
+            raise RecordingError(
+                f"{self.path} was recorded with another setting: {'; '.join(different)}. Resume with the same setting, "
+                "or record into another file."
+            )
+
+    def _read_transcript(self) -> list[dict[str, Any]]:
+        """Read the whole lines of the transcript; a torn last one is cut off."""
+        self._transcript.seek(0)
+        content = self._transcript.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            checkpoints = [json.loads(line) for line in whole.split(b"\n")[:-1]]
+        except ValueError as error:
+            raise RecordingError(
+                f"{self._transcript_path} is damaged ({error}), so the recording cannot go on. Record into another "
+                "file."
+            ) from error
+        self._transcript.truncate(len(whole))
+        return checkpoints
+
+    # --------------------------------------------------------------------------------------------- writing
+
+    def _finish_turn(self, turn: Turn, away_s: float) -> None:
+        self._write_turn(turn, self._probe.read(), away_s)
+        self.turns += 1
+        self._step += turn.generated_tokens
+        self._write_checkpoint({"user": turn.user_text, "ids": list(turn.token_ids), "text": turn.text})
+
+    def _write_turn(self, turn: Turn, readings: list[Reading], away_s: float) -> None:
+        later_tokens = turn.generated_tokens - 1
+        self._write_rows(
+            readings,
+            step=self._step + turn.generated_tokens,
+            turn=self.turns + 1,
+            context_tokens=turn.context_tokens,
+            context_characters=turn.context_characters,
+            prompt_tokens=turn.prompt_tokens,
+            generated_tokens=turn.generated_tokens,
+            kv_mib=mib(turn.kv_bytes),
+            first_token_s=_microseconds(turn.first_token_s),
+            token_s=None if turn.token_s is None else _microseconds(turn.token_s - away_s / later_tokens),
+        )
+
+    def _write_rows(self, readings: list[Reading], **cells: float | int | None) -> None:
+        """Write one row for each reading; a cell that is not given is 0 for counts and empty for times."""
+        elapsed_s = _microseconds(time.perf_counter() - self._began)
+        counts = {"step": self._step, "turn": self.turns, "prompt_tokens": 0, "generated_tokens": 0, "kv_mib": 0.0}
+        for reading in readings:
+            row = {**counts, **cells, **reading.row(), "elapsed_s": elapsed_s}
+            self._append(row.get(column) for column in COLUMNS)
+
+    def _append(self, cells: Any) -> None:
+        line = StringIO()
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        _write_durably(self._csv, line.getvalue())
+
+    def _write_checkpoint(self, said: dict[str, Any]) -> None:
+        checkpoint = {
+            "turn": self.turns,
+            "step": self._step,
+            "context_tokens": self._session.context_tokens,
+            "elapsed_s": _microseconds(time.perf_counter() - self._began),
+            "csv_bytes": self._csv.tell(),
+            **said,
+        }
+        _write_durably(self._transcript, json.dumps(checkpoint, ensure_ascii=False) + "\n")
+
+    def _write_json(self) -> None:
+        where = ", ".join(gpu["name"] for gpu in self._provenance["gpus"]) or "CPU"
+        label = f"{self._provenance['model']}, {self._provenance['precision']}, {where}"
+        write_atomically(self._json_path, curve_json("measured", label, self._provenance))
+
+    @property
+    def _random_weights(self) -> bool:
+        return self._session.loaded.report.weights == "random"
+
+    def _what_is_left(self, error: GlmlabError) -> str:
+        message = f"turn {self.turns + 1} was not recorded: {error} The rows up to turn {self.turns} are in {self.path}"
+        if isinstance(error, ContextFullError):
+            return f"{message}. Record a shorter conversation with this model."
+        return f"{message}; --resume (resume=True) continues from there."
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+
+def _open_locked(path: Path, *, resume: bool) -> BinaryIO:
+    """Open the CSV unbuffered, created anew or as it is, and lock it until it is closed."""
+    beside = [path.with_suffix(".json"), path.with_suffix(".transcript.jsonl")]
+    try:
+        if resume:
+            file = path.open("r+b", buffering=0)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if any(other.exists() for other in beside):
+                raise FileExistsError
+            file = path.open("xb", buffering=0)
+    except FileNotFoundError as error:
+        raise RecordingError(
+            f"{path} is not there, so there is nothing to resume. Start it without --resume (resume=True)."
+        ) from error
+    except FileExistsError as error:
+        raise RecordingError(
+            f"{path} (or a file beside it) is there already, and a recording never overwrites one. Name another file, "
+            "or continue this recording with --resume (resume=True)."
+        ) from error
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
+    try:
+        _lock(file)
+    except OSError as error:
+        file.close()
+        raise RecordingError(
+            f"{path} is being written by another run. Wait until it ends, or record into another file."
+        ) from error
+    return file
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _LOCKED_BYTE = 2**40  # far behind the end, so that others can read the file while it grows
+
+    def _lock(file: BinaryIO) -> None:
+        here = file.tell()
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(here)
+
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _write_durably(file: BinaryIO, text: str) -> None:
+    file.write(text.encode("utf-8"))
+    os.fsync(file.fileno())
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    """Seconds, rounded to what the clock is worth."""
+    return None if seconds is None else round(seconds, 6)
+
+
+# ------------------------------------------------------------------------------------------------- provenance
+
+
+def _provenance(
+    session: ChatSession, probe: MemoryProbe, conversation: Conversation | None, every_token: bool
+) -> dict[str, Any]:
+    report = session.loaded.report
+    provenance: dict[str, Any] = {
+        "status": "running",
+        "date": _today(),
+        "model": _public_name(report.name),
+        "load_path": _load_path(report),
+        "precision": report.precision,
+        "dtype": report.dtype,
+        "attention": report.attention,
+        "parameters": report.parameters,
+        "weight_bytes": report.bytes_by_component,
+        "load_s": _microseconds(report.seconds),
+        "tokenizer": report.tokenizer,
+        "sampling": _sampling(session),
+        "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
+        if report.weights == "random"
+        else "to the stop token, at most max_new_tokens of each turn",
+        "rows": "one a token" if every_token else "one a turn",
+        "conversation": None
+        if conversation is None
+        else {
+            "name": conversation.name,
+            "language": conversation.language,
+            "turns": len(conversation.turns),
+            "sha256": conversation.sha256,
+        },
+        "gpus": probe.gpus,
+        "driver": probe.driver,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("glmlab", "gpustat")},
+            **report.versions,
+        },
+        "os": _operating_system(),
+        "resumptions": [],
+    }
+    if probe.driver is not None:
+        import torch
+
+        provenance["cuda"] = torch.version.cuda
+        provenance["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        provenance["allocator_settings"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return provenance
+
+
+def _today() -> str:
+    """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    return moment.isoformat(timespec="seconds")
+
+
+def _operating_system() -> str:
+    """System, version and machine; of a kernel's name only the number, since the rest may name its owner."""
+    version = re.match(r"[\d.]*", platform.release())
+    return " ".join([platform.system(), version.group() if version else "", platform.machine()])
+
+
+def _public_name(name: str) -> str:
+    """Name of a model without the folders of this machine.
+
+    Example:
+        >>> _public_name("zai-org/chatglm3-6b"), _public_name("/home/me/checkpoints/chatglm3-6b")
+        ('zai-org/chatglm3-6b', 'chatglm3-6b')
+    """
+    path = Path(name).expanduser()
+    if name != EMBEDDED and (path.is_absolute() or path.exists()):
+        return path.resolve().name
+    return name
+
+
+def _load_path(report: LoadReport) -> str:
+    source = "random weights from the config" if report.weights == "random" else "checkpoint"
+    quantised = ", linear layers quantised by bitsandbytes" if report.precision in ("int8", "int4") else ""
+    return f"{source} -> {report.architecture} on {report.device.split(':')[0]}{quantised}"
+
+
+def _sampling(session: ChatSession) -> dict[str, Any]:
+    config = session._generation_config or session.loaded.model.generation_config
+    if not config.do_sample:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
