@@ -89,7 +89,8 @@ class TraceFacts:
     precision: str
     kv_bytes_per_token: int  # payload: 2 * layers * kv_heads * head_dim * bytes * batch
     context_limit: int  # tokens the model is made for; 0 = not stated
-    later_prompt_min: int = 1  # fewest prompt tokens of a turn after the first
+    first_prompt_min: int = 1  # fewest prompt tokens of the first turn that the trace can tell
+    later_prompt_min: int = 1  # ... and of a later turn
     warmup_size: int = -1  # row of ``sizes`` of the loader's warm-up block, which a small card caps; -1 = none
     description: str = ""
     workload: dict[str, Any] = field(
@@ -201,10 +202,11 @@ class AllocationTrace:
         for number, (prompt, generated) in enumerate(turns, start=1):
             if prompt < 1 or generated < 1:
                 raise TraceError(f"turn {number} is {prompt}:{generated}; prompt and generated tokens start at 1.")
-            if number > 1 and prompt < self.facts.later_prompt_min:
+            least = self.facts.first_prompt_min if number == 1 else self.facts.later_prompt_min
+            if prompt < least:
                 raise TraceError(
-                    f"turn {number} is {prompt}:{generated}, but a later turn of this trace reads at least "
-                    f"{self.facts.later_prompt_min} prompt tokens. A chat message is never shorter; give more tokens."
+                    f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens there. "
+                    "A chat message is never shorter; give more prompt tokens."
                 )
 
 

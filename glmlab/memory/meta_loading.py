@@ -1,0 +1,168 @@
+"""The loading of a checkpoint as transformers does it on a GPU, recorded on the meta device.
+
+transformers' own ``convert_and_load_state_dict_in_model`` runs, over a checkpoint whose tensors have shapes and no
+content: the order of the tensors (sorted by name across all shards), their conversion (the fused query_key_value of
+ChatGLM3 is split into three views of one tensor), and quantisation on load by bitsandbytes, tensor by tensor. Before it
+comes the warm-up block: transformers asks for the size of the whole model at once and gives it back, so that all large
+weights lie in one segment.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from glmlab.memory.allocation_trace import TraceError
+from glmlab.memory.recorder import META, Recorder
+from glmlab.models.loading import _quantization_config
+from glmlab.models.sizes import BLOCK_4BIT, FLOAT_PRECISIONS, component_of, quantized_linears
+
+WARM_UP = "loader's warm-up block"
+OWNER_OF_COMPONENT = {
+    "attention": "weights_attention",
+    "MLP": "weights_mlp",
+    "embedding": "weights_embedding",
+    "head": "weights_head",
+    "norms": "weights_norms",
+    "other": "weights_norms",
+}
+
+
+class _CheckpointTensor:
+    """A tensor of a checkpoint file: shape and dtype; read, it is host memory that nobody touches."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+
+
+def load_on_meta(recorder: Recorder, model: Any, precision: str, config: Any) -> Any:
+    """Load ``model`` (a skeleton on the meta device) within :func:`~glmlab.memory.recorder.recording`; return it.
+
+    Raises:
+        TraceError: a layer that int4 cannot quantise.
+    """
+    half = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    dtype = FLOAT_PRECISIONS.get(precision, half)
+    stored_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else half
+    with recorder.pause():
+        model = model.to(dtype)
+        stored = {
+            name: _CheckpointTensor(tensor.shape, stored_dtype)
+            for name, tensor in revert_weight_conversion(model, dict(_saved_tensors(model))).items()
+        }
+        quantizer = _quantizer(model, precision, dtype)
+    device_map = {"": META}
+    names = dict.fromkeys(model.state_dict(), META)
+    warm_up_bytes = int(get_total_byte_count(model, names, quantizer)[META]) // 2 * 2
+    recorder.temporary(WARM_UP, warm_up_bytes)
+    with _quantising_on_meta(), _one_thread():
+        load_config = LoadStateDictConfig(
+            device_map=device_map,
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        )
+        info, _ = convert_and_load_state_dict_in_model(model, stored, load_config, None)
+    failed = {*info.conversion_errors, *info.mismatched_keys}
+    if failed:
+        raise TraceError(f"transformers could not load these tensors: {', '.join(map(str, sorted(failed))[:3])}.")
+    for name, buffer in model.named_buffers():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(key, torch.empty_like(buffer, device=META), persistent=False)
+    model.tie_weights()
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+    return model.eval()
+
+
+def owner_of_loaded(recorder: Recorder, model: nn.Module) -> dict[int, str]:
+    """Owner of every allocation that holds a parameter, a buffer or quantisation state of the loaded model."""
+    owners: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is None:
+                continue
+            for state in _quantisation_state(module, tensor):
+                owners.setdefault(recorder.number_of(state), "quantisation_state")
+            owners[recorder.number_of(tensor)] = OWNER_OF_COMPONENT[component_of(path)]
+    owners.pop(-1, None)
+    return owners
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a checkpoint of the model holds: a tied head is stored once."""
+    tied: Any = getattr(model, "all_tied_weights_keys", {}) or {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor
+
+
+def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
+    """transformers' quantiser with the model's linear layers replaced, or None."""
+    settings = _quantization_config(precision, dtype)
+    if settings is None:
+        return None
+    if precision == "int4":
+        for path, linear in quantized_linears(model):
+            if linear.in_features % BLOCK_4BIT:
+                raise TraceError(
+                    f"int4 quantises blocks of {BLOCK_4BIT} weights, but {path} has {linear.in_features} inputs. Use int8."
+                )
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": META}, dtype=dtype)
+    return quantizer
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Load in this thread alone: the recorder does not see others, and the order is then that of the names."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _quantising_on_meta() -> Iterator[None]:
+    """Let bitsandbytes quantise on its way to "meta", which it takes for a model without weights otherwise."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    to_4bit, to_int8 = Params4bit.to, Int8Params.to
+
+    def quantise_4bit(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return to_4bit(self, *args, **kwargs) if self.bnb_quantized else self._quantize(META)
+
+    def quantise_int8(self: Any, *args: Any, **kwargs: Any) -> Any:
+        needs_it = self.data.dtype != torch.int8 and self.data.device.type == "cpu"
+        return self._quantize(META) if needs_it else to_int8(self, *args, **kwargs)
+
+    Params4bit.to, Int8Params.to = quantise_4bit, quantise_int8
+    try:
+        yield
+    finally:
+        Params4bit.to, Int8Params.to = to_4bit, to_int8
+
+
+def _quantisation_state(module: Any, tensor: Any) -> list[Tensor]:
+    """Tensors that bitsandbytes keeps beside a quantised weight."""
+    state = getattr(tensor, "quant_state", None)
+    found = [state.absmax, state.code, state.offset] if state is not None else []
+    found += [getattr(tensor, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
+    return [item for item in found if isinstance(item, Tensor)]
