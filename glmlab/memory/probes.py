@@ -226,7 +226,7 @@ def _by_process(processes: Sequence[tuple[int, float | None]]) -> Figures:
     told = [float(figure) for figure in others if figure is not None]
     return {
         "process_mib": float(own[0]) if own and own[0] is not None else None,
-        "others_mib": sum(told) if own and len(told) == len(others) else None,
+        "others_mib": float(sum(told)) if own and len(told) == len(others) else None,
     }
 
 

@@ -25,7 +25,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
@@ -222,19 +222,17 @@ class Recorder:
         self._probe = probe or MemoryProbe.for_model(session.loaded.model)
         self._step = 0
         self._provenance = _provenance(session, self._probe, conversation, every_token)
-        self._csv = _open_locked(self.path, resume=resume)
-        try:
+        with ExitStack() as files:
+            self._csv = files.enter_context(_open_locked(self.path, resume=resume))
             # unbuffered, so that a line reaches the system in one piece
-            self._transcript = self._transcript_path.open("a+b", buffering=0)
+            self._transcript = files.enter_context(self._transcript_path.open("a+b", buffering=0))
             self._began = time.perf_counter()
             checkpoints = self._read_transcript() if resume else []
             if checkpoints:
                 self._take_up(checkpoints)
             else:
                 self._start()
-        except BaseException:
-            self._csv.close()
-            raise
+            self._files = files.pop_all()
 
     @property
     def _json_path(self) -> Path:
@@ -252,8 +250,7 @@ class Recorder:
     ) -> None:
         self._provenance["status"] = "finished" if kind is None else f"stopped ({kind.__name__})"
         self._write_json()
-        self._transcript.close()
-        self._csv.close()  # and with it the lock
+        self._files.close()  # and with the CSV the lock
 
     def say(self, text: str, *, max_new_tokens: int | None = None) -> Iterator[Turn]:
         """Stream the answer as :meth:`ChatSession.say` does, and record it.
@@ -431,23 +428,18 @@ class Recorder:
 
 def _open_locked(path: Path, *, resume: bool) -> BinaryIO:
     """Open the CSV unbuffered, created anew or as it is, and lock it until it is closed."""
-    beside = [path.with_suffix(".json"), path.with_suffix(".transcript.jsonl")]
-    try:
-        if resume:
-            file = path.open("r+b", buffering=0)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if any(other.exists() for other in beside):
-                raise FileExistsError
-            file = path.open("xb", buffering=0)
-    except FileNotFoundError as error:
-        raise RecordingError(
-            f"{path} is not there, so there is nothing to resume. Start it without --resume (resume=True)."
-        ) from error
-    except FileExistsError as error:
+    if not resume and any(path.with_suffix(suffix).exists() for suffix in (".csv", ".json", ".transcript.jsonl")):
         raise RecordingError(
             f"{path} (or a file beside it) is there already, and a recording never overwrites one. Name another file, "
             "or continue this recording with --resume (resume=True)."
+        )
+    try:
+        if not resume:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("r+b" if resume else "xb", buffering=0)
+    except FileNotFoundError as error:
+        raise RecordingError(
+            f"{path} is not there, so there is nothing to resume. Start it without --resume (resume=True)."
         ) from error
     except OSError as error:
         raise RecordingError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
