@@ -137,7 +137,7 @@ class ChatSession:
                 "Clear the conversation, or shorten the message."
             )
         asked = max_new_tokens or self._max_new_tokens or room
-        return self._answer(message, prompt_ids, min(asked, room), asked > room, min_new_tokens)
+        return self._answer(message, prompt_ids, min(asked, room), asked >= room, min_new_tokens)
 
     def restore(self, pairs: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Take up a conversation of earlier turns: (user text, generated ids), all prefilled in one forward pass.
@@ -199,7 +199,7 @@ class ChatSession:
         return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
     def _answer(
-        self, message: Message, prompt_ids: list[int], max_new_tokens: int, cut_short: bool, min_new_tokens: int | None
+        self, message: Message, prompt_ids: list[int], max_new_tokens: int, ends_at_limit: bool, min_new_tokens: int | None
     ) -> Iterator[Turn]:
         started = time.perf_counter()
         kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
@@ -239,7 +239,7 @@ class ChatSession:
             for step in steps:
                 elapsed_s = time.perf_counter() - started
                 raw_text += stream.step(self.loaded.tokenizer.backend_tokenizer, step.token_id) or ""
-                reason = "context limit" if step.stop_reason == "length" and cut_short else step.stop_reason
+                reason = "context limit" if step.stop_reason == "length" and ends_at_limit else step.stop_reason
                 token_ids = (*turn.token_ids, step.token_id)
                 if reason is not None:  # bytes of a character that never became complete show as U+FFFD
                     raw_text = self._decode(token_ids)

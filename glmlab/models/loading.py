@@ -182,7 +182,7 @@ def load_model(
         model,
         tokenizer,
         LoadReport(
-            name=name,
+            name=folder.name if folder and name != EMBEDDED and Path(name).exists() else name,
             architecture=type(model).__name__,
             weights=weights,
             precision=precision,
@@ -370,6 +370,7 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
         ("has tensors that no part of the model takes:", info["unexpected_keys"]),
         ("has tensors of the wrong shape:", [key for key, *_ in info["mismatched_keys"]]),
         ("cannot be converted:", info["error_msgs"]),
+        ("has tensors of the wrong shape:", _mis_shaped(model)),
     ):
         if keys:
             named = sorted(map(str, keys))
@@ -378,6 +379,18 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
                 "Weights and config.json belong to different models, or the download is damaged: fetch both again."
             )
     return model.eval()
+
+
+def _mis_shaped(model: nn.Module) -> list[str]:
+    """Quantised layers whose weight is not out_features x in_features: quantising takes any shape without a word."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            state = getattr(module.weight, "quant_state", None)
+            shape = tuple(module.weight.shape if state is None else state.shape)
+            if shape != (module.out_features, module.in_features):
+                found.append(f"{name}.weight")
+    return found
 
 
 def _first_lines(error: Exception) -> str:
@@ -408,7 +421,7 @@ def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch
             _fill(values, config)
             if isinstance(parameter, bitsandbytes.nn.Params4bit):
                 module._parameters[key] = bitsandbytes.nn.Params4bit(
-                    values, requires_grad=False, quant_type="nf4", module=module
+                    values, requires_grad=False, quant_type="nf4", compress_statistics=False, module=module
                 ).to(device)
             elif isinstance(parameter, bitsandbytes.nn.Int8Params):
                 module._parameters[key] = bitsandbytes.nn.Int8Params(values, requires_grad=False).to(device)

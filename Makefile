@@ -1,0 +1,49 @@
+# Everything a reader or a maintainer runs. Each target stands alone: on a fresh clone it makes .venv first.
+
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install notebooks test lint format refresh lab doctor embedded-model clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[test]'
+	touch $@
+
+install: $(INSTALLED)  ## make .venv with the pinned packages
+
+notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in figures/, executed copies in build/notebooks/
+	$(BIN)/glmlab notebooks
+
+refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
+	$(BIN)/glmlab notebooks --in-place
+
+lab: $(INSTALLED)  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+test: lint  ## lint, types and tests
+	$(BIN)/pytest -n 2
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## format code and notebooks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: $(INSTALLED)  ## say what works on this machine
+	$(BIN)/glmlab doctor
+
+embedded-model: $(INSTALLED)  ## train the embedded model anew (30 minutes on two cores)
+	$(BIN)/python data/tiny-chatglm3/recipe/train.py
+
+clean:  ## remove what was built; .venv, recordings and figures stay
+	rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

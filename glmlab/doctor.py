@@ -1,0 +1,107 @@
+"""What works on this machine, and what not: versions, GPU, driver, fonts, memory."""
+
+import importlib.metadata
+import platform
+from dataclasses import dataclass
+
+from glmlab.units import format_bytes
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "gpustat", "matplotlib", "pandas", "jupyterlab", "ipykernel")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: what was found, whether all is well, and what follows where it is not."""
+
+    what: str
+    found: str
+    good: bool = True
+    follows: str = ""
+
+    def __str__(self) -> str:
+        line = f"{'ok ' if self.good else '-- '} {self.what:<14} {self.found}"
+        return f"{line}\n    {'':<14} {self.follows}" if self.follows else line
+
+
+def examine() -> list[Finding]:
+    """Look at this machine; nothing is changed and nothing is downloaded.
+
+    Example:
+        >>> [finding.what for finding in examine()][:2]
+        ['system', 'Python']
+    """
+    return [
+        Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}"),
+        Finding("Python", platform.python_version()),
+        *_packages(),
+        _memory(),
+        *_gpus(),
+        _fonts(),
+    ]
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for package in PACKAGES:
+        try:
+            findings.append(Finding(package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(Finding(package, "not installed", False, f"Install it: pip install {package}"))
+    return findings
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return Finding("host memory", f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}")
+
+
+def _gpus() -> list[Finding]:
+    """What the driver sees (gpustat), and what PyTorch can use."""
+    import gpustat
+    import torch
+    from gpustat.nvml import pynvml
+
+    try:
+        stats = gpustat.new_query()
+    except pynvml.NVMLError as error:
+        return [
+            Finding(
+                "GPU driver",
+                f"none ({error})",
+                False,
+                "Works here: forecasts, and the embedded model on the CPU. Does not: measuring GPU memory.",
+            )
+        ]
+    findings = [Finding("GPU driver", str(stats.driver_version))]
+    findings += [
+        Finding(f"GPU {gpu.index}", f"{gpu.name}, {gpu.memory_used} of {gpu.memory_total} MiB used") for gpu in stats
+    ]
+    if torch.cuda.is_available():
+        findings.append(Finding("CUDA", f"PyTorch was built for CUDA {torch.version.cuda}"))
+    else:
+        findings.append(
+            Finding(
+                "CUDA",
+                f"PyTorch {torch.__version__} cannot use the GPU",
+                False,
+                "Install a CUDA build of PyTorch: then models run on the GPU and its memory can be measured.",
+            )
+        )
+    return findings
+
+
+def _fonts() -> Finding:
+    from matplotlib import font_manager
+
+    cjk = sorted(
+        {
+            font.name
+            for font in font_manager.fontManager.ttflist
+            if font.name.startswith(("Noto Sans CJK", "Noto Sans SC"))
+        }
+    )
+    return Finding(
+        "CJK font", cjk[0] if cjk else "none", True, "" if cjk else "Figures are labelled in English anyway."
+    )

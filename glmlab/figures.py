@@ -1,0 +1,268 @@
+"""Figures: pure functions from Curves to matplotlib Figures, and one function that saves them with their data.
+
+Nothing here knows of GPUs or models. What was measured is drawn as dots, what was forecast as a solid line, what others
+reported as hollow markers; a memory component has the same colour in every figure of the suite.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from glmlab.errors import GlmlabError
+from glmlab.memory.curve import Curve
+
+COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindness and in greyscale by its order
+    "used": "#000000",
+    "reserved": "#56606b",
+    "allocated": "#0072b2",
+    "weights": "#8c8c8c",
+    "quantisation state": "#b8b8b8",
+    "kv": "#d55e00",
+    "kv copies": "#e69f00",
+    "activations": "#009e73",
+    "slack small": "#56b4e9",
+    "slack large": "#cc79a7",
+    "context": "#4d4d4d",
+    "unexplained": "#f0e442",
+}
+"""Colour of every memory component, the same everywhere."""
+
+STYLE: dict[Any, Any] = {
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.labelsize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "lines.linewidth": 1.4,
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "svg.hashsalt": "glmlab",
+    "savefig.dpi": 200,
+}
+"""matplotlib settings of the suite; fonts are embedded as TrueType."""
+
+FORMATS = ("pdf", "svg", "png")
+
+_MARKERS = "os^Dvp"
+
+
+class FigureError(GlmlabError):
+    """A figure cannot be drawn from the data given."""
+
+
+def memory_curve(curves: Sequence[Curve]) -> Figure:
+    """Draw memory against context length: above what is used, below how much it grew, beside the exact KV payload.
+
+    Args:
+        curves: measured, forecast or reported. Each is drawn from its ``used_mib``, or ``rss_mib`` where it has no GPU.
+            A reported curve counts characters; it is placed by the characters of the first curve that has both counts.
+
+    Returns:
+        A figure of two panels over context tokens, with characters on the upper axis; memory in MiB.
+
+    Raises:
+        FigureError: no curve, none with context tokens, or one without a memory column to draw.
+
+    Example:
+        >>> table = pd.DataFrame({"step": [0, 9], "turn": [0, 1], "context_tokens": [0, 900],
+        ...     "context_characters": [0, 1500], "used_mib": [4710.0, 4736.0], "kv_mib": [0.0, 24.6]})
+        >>> figure = memory_curve([Curve(table, label="ChatGLM3-6B, int4")])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['memory (MiB)', 'growth since loading (MiB)']
+    """
+    if not curves:
+        raise FigureError("no curve to draw: give at least one recording or forecast.")
+    ruler = _token_ruler(curves)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.3, 5.2), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        for index, curve in enumerate(curves):
+            _draw_memory(above, below, curve, ruler, _MARKERS[index % len(_MARKERS)])
+        above.set_ylabel("memory (MiB)")
+        below.set_ylabel("growth since loading (MiB)")
+        below.set_xlabel("context length (tokens)")
+        _add_character_axis(above, ruler)
+        for axes in (above, below):
+            axes.legend(loc="best")
+            axes.margins(x=0.03, y=0.12)
+    return figure
+
+
+def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, marker: str) -> None:
+    column = memory_column(curve)
+    table = curve.table[curve.table[column].notna()]
+    tokens = _tokens_of(table, ruler)
+    memory = table[column].to_numpy(float)
+    label = f"{curve.label or 'unnamed'}, {_COLUMN_NAMES[column]}"
+    look: dict[str, Any] = {"color": COLORS["used"]}
+    if curve.kind == "measured":
+        look |= {"marker": marker, "markersize": 4, "linewidth": 0.8, "linestyle": ":"}
+        label += " (measured)"
+    elif curve.kind == "forecast":
+        look |= {"color": COLORS["allocated"], "drawstyle": "steps-post"}
+        label += " (forecast)"
+    else:
+        look |= {"marker": marker, "markersize": 6, "linestyle": "none", "markerfacecolor": "white"}
+        label += " (reported)"
+    if curve.kind != "reported":
+        above.plot(tokens, memory, label=label, **look)
+    below.plot(tokens, memory - memory[0], label=label, **look)
+    if "kv_mib" in table and table["kv_mib"].notna().any():
+        below.plot(
+            tokens,
+            table["kv_mib"] - table["kv_mib"].iloc[0],
+            color=COLORS["kv"],
+            label=f"{curve.label}, KV payload (exact)",
+        )
+
+
+_COLUMN_NAMES = {"used_mib": "GPU memory used", "rss_mib": "process memory"}
+
+
+def memory_column(curve: Curve) -> str:
+    """Name the column that stands for "memory" in a curve: ``used_mib``, or ``rss_mib`` where no GPU was read.
+
+    Raises:
+        FigureError: the curve has neither.
+    """
+    for column in _COLUMN_NAMES:
+        if column in curve.memory_columns:
+            return column
+    raise FigureError(
+        f"curve {curve.label!r} has neither used_mib nor rss_mib, only "
+        f"{', '.join(curve.memory_columns)}: nothing to draw."
+    )
+
+
+def _token_ruler(curves: Sequence[Curve]) -> pd.DataFrame:
+    """Tokens and characters of the first curve that counts both, one row a length, rising in both."""
+    for curve in curves:
+        if {"context_tokens", "context_characters"} <= set(curve.table.columns):
+            both = curve.table[["context_tokens", "context_characters"]].dropna().astype(float)
+            both = both.sort_values("context_tokens").drop_duplicates("context_tokens", keep="last")
+            both = both[both["context_characters"].diff().fillna(1) > 0]
+            if len(both) >= 2:
+                return both
+    tokens = [curve for curve in curves if "context_tokens" in curve.table.columns]
+    if len(tokens) < len(curves):
+        raise FigureError(
+            "a curve counts characters only, and no other counts both tokens and characters to place it by. "
+            "Draw it together with a recording."
+        )
+    return pd.DataFrame(columns=["context_tokens", "context_characters"], dtype=float)
+
+
+def _tokens_of(table: pd.DataFrame, ruler: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.float64]]:
+    if "context_tokens" in table.columns:
+        return table["context_tokens"].to_numpy(float)
+    return _convert(table["context_characters"].to_numpy(float), ruler["context_characters"], ruler["context_tokens"])
+
+
+def _convert(
+    values: Any, known: "pd.Series[float]", wanted: "pd.Series[float]"
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Linear interpolation; beyond the last known point at the mean rate of the whole."""
+    x, y = known.to_numpy(float), wanted.to_numpy(float)
+    rate = (y[-1] - y[0]) / (x[-1] - x[0])
+    values = np.asarray(values, float)
+    inside = np.interp(values, x, y)
+    beyond = np.where(values > x[-1], (values - x[-1]) * rate, 0) + np.where(values < x[0], (values - x[0]) * rate, 0)
+    return np.asarray(inside + beyond)
+
+
+def _add_character_axis(axes: Axes, ruler: pd.DataFrame) -> None:
+    if len(ruler) < 2:
+        return
+    tokens, characters = ruler["context_tokens"], ruler["context_characters"]
+    upper = axes.secondary_xaxis(
+        "top",
+        functions=(lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens)),
+    )
+    upper.set_xlabel("conversation length (characters)")
+
+
+def save_figure(
+    figure: Figure,
+    stem: str | os.PathLike[str],
+    *,
+    data: pd.DataFrame,
+    provenance: Mapping[str, Any],
+    formats: Sequence[str] = FORMATS,
+) -> list[Path]:
+    """Save a figure with what it shows: ``STEM.pdf``, ``.svg``, ``.png``, ``.csv`` and ``.json``.
+
+    Equal figures give equal bytes: the only date is that of SOURCE_DATE_EPOCH, where it is set.
+
+    Args:
+        figure: from a function of this module.
+        stem: path without suffix; its folder is made.
+        data: the table that the figure shows.
+        provenance: where the data come from; it becomes the ``.json``.
+        formats: of pdf, svg, png.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FigureError: an unknown format, or a folder that cannot be written.
+    """
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise FigureError(f"format {unknown[0]!r} is not known. Use {', '.join(FORMATS)}.")
+    base = Path(stem)
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FigureError(f"{base.parent} cannot be made ({error.strerror}). Choose another folder.") from error
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for name in formats:
+            path = base.with_name(f"{base.name}.{name}")
+            figure.savefig(path, metadata=_metadata(name, base.name))
+            written.append(path)
+    csv_path, json_path = base.with_name(f"{base.name}.csv"), base.with_name(f"{base.name}.json")
+    data.to_csv(csv_path, index=False, lineterminator="\n")
+    json_path.write_text(
+        json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+    )
+    return [*written, csv_path, json_path]
+
+
+def _metadata(file_format: str, title: str) -> dict[str, Any]:
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    date = datetime.fromtimestamp(int(epoch), UTC) if epoch else None
+    if file_format == "pdf":
+        return {"Title": title, "Creator": "glmlab", "Producer": None, "CreationDate": date}
+    if file_format == "svg":
+        return {"Title": title, "Creator": "glmlab", "Date": date.isoformat() if date else None}
+    return {"Title": title, "Software": "glmlab"}
+
+
+def curves_table(curves: Sequence[Curve]) -> pd.DataFrame:
+    """Stack the tables of several curves, each row with its curve's label and kind: what a figure shows, as one CSV.
+
+    Example:
+        >>> table = pd.DataFrame({"step": [0], "turn": [0], "context_tokens": [0], "used_mib": [1.0]})
+        >>> curves_table([Curve(table, label="a"), Curve(table, label="b")])["curve"].tolist()
+        ['a', 'b']
+    """
+    parts = []
+    for curve in curves:
+        table = curve.table.copy()
+        table.insert(0, "curve", curve.label)
+        table.insert(1, "kind", curve.kind)
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)

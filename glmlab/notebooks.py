@@ -1,0 +1,162 @@
+"""Run notebooks from a clean kernel, with parameters, and say which cell failed."""
+
+import ast
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+from glmlab.errors import GlmlabError
+
+PARAMETERS_TAG = "parameters"
+INJECTED_TAG = "injected-parameters"
+
+
+class NotebookError(GlmlabError):
+    """A notebook cannot be found or run; names notebook, cell and cause."""
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A notebook that ran to its end."""
+
+    source: Path
+    copy: Path
+    seconds: float
+
+
+def parse_parameters(assignments: Iterable[str]) -> dict[str, Any]:
+    """Read ``name=value`` pairs; a value is a Python literal, else the text itself.
+
+    Raises:
+        NotebookError: a pair without ``=``, or a name that is no identifier.
+
+    Example:
+        >>> parse_parameters(["precision=int4", "seed=3", "every_token=True"])
+        {'precision': 'int4', 'seed': 3, 'every_token': True}
+    """
+    parameters: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals or not name.isidentifier():
+            raise NotebookError(f"parameter {assignment!r} is not name=value. Write, for example, precision=int4.")
+        try:
+            parameters[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            parameters[name] = value
+    return parameters
+
+
+def find_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the notebooks of a folder, all or those named by the beginning of their file name ("04").
+
+    Raises:
+        NotebookError: no such folder, no notebooks in it, or a name that fits none or several.
+    """
+    notebooks = sorted(folder.glob("*.ipynb"))
+    if not notebooks:
+        raise NotebookError(f"{folder} holds no notebooks. Run this in the suite's checkout, or give --folder.")
+    chosen = []
+    for name in names:
+        fitting = [path for path in notebooks if path.name.startswith(Path(name).name)]
+        if len(fitting) != 1:
+            raise NotebookError(
+                f"{name!r} names {'no' if not fitting else 'more than one'} notebook of {folder}: "
+                f"{', '.join(path.stem for path in fitting or notebooks)}."
+            )
+        chosen += fitting
+    return chosen or notebooks
+
+
+def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:
+    """Run a notebook in its own folder from a fresh kernel and write the executed copy, also when a cell fails.
+
+    Args:
+        source: the notebook.
+        copy: where the executed notebook goes; may be the source itself, which then changes only on success.
+        parameters: values that replace those of the cell tagged ``parameters``.
+        timeout_s: longest time for one cell.
+
+    Raises:
+        NotebookError: a parameter that the notebook does not have, no cell tagged ``parameters``, or a cell that
+            failed, with notebook, cell number, first line and the error.
+    """
+    try:
+        notebook = nbformat.read(source, as_version=4)
+    except (nbformat.reader.NotJSONError, nbformat.validator.ValidationError) as error:
+        raise NotebookError(f"{source.name} is not a notebook ({str(error).splitlines()[0]}).") from error
+    _inject(notebook, source, parameters)
+    client = NotebookClient(
+        notebook,
+        timeout=timeout_s,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(source.parent)}},
+        record_timing=False,
+    )
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    started = os.times().elapsed
+    try:
+        client.execute()
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        _normalize(notebook)
+        failed = copy if copy != source else copy.with_suffix(".failed.ipynb")
+        nbformat.write(notebook, failed)
+        raise NotebookError(
+            f"{_where(notebook, source)} failed: {_cause(error)}. Its outputs are in {failed}."
+        ) from error
+    _normalize(notebook)
+    nbformat.write(notebook, copy)
+    return Executed(source, copy, os.times().elapsed - started)
+
+
+def _inject(notebook: Any, source: Path, parameters: Mapping[str, Any]) -> None:
+    """Put a cell with the given values behind the cell tagged ``parameters``."""
+    if not parameters:
+        return
+    tagged = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise NotebookError(f"{source.name} has {len(tagged)} cells tagged {PARAMETERS_TAG!r}; it needs one.")
+    names = {
+        target.id
+        for statement in ast.walk(ast.parse(notebook.cells[tagged[0]].source))
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+    if unknown := sorted(set(parameters) - names):
+        raise NotebookError(f"{source.name} has no parameter {unknown[0]!r}; it has {', '.join(sorted(names))}.")
+    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
+    cell = nbformat.v4.new_code_cell("\n".join(["# from the command line", *lines]), metadata={"tags": [INJECTED_TAG]})
+    notebook.cells.insert(tagged[0] + 1, cell)
+
+
+def _normalize(notebook: Any) -> None:
+    """Leave out what differs between machines: the kernel's patch version, cell ids, timings."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number:02d}"
+        cell.metadata.pop("execution", None)
+
+
+def _where(notebook: Any, source: Path) -> str:
+    for number, cell in enumerate(notebook.cells, start=1):
+        if cell.cell_type == "code" and any(output.output_type == "error" for output in cell.outputs):
+            return f"{source.name}, cell {number} ({cell.source.splitlines()[0]!r}),"
+    running = [n for n, cell in enumerate(notebook.cells, start=1) if cell.cell_type == "code" and cell.execution_count]
+    return f"{source.name}, cell {running[-1] if running else 1},"
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, CellExecutionError):
+        return f"{error.ename}: {error.evalue}".rstrip(".")
+    return str(error).splitlines()[0].rstrip(".") or type(error).__name__
