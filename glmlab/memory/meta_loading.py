@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
-from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count
+from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from glmlab.memory.allocation_trace import TraceError
@@ -45,22 +45,32 @@ class _CheckpointTensor:
         return torch.empty(self.shape, dtype=self.dtype, device="cpu")
 
 
-def load_on_meta(recorder: Recorder, model: Any, precision: str, config: Any) -> Any:
-    """Load ``model`` (a skeleton on the meta device) within :func:`~glmlab.memory.recorder.recording`; return it.
+def dtype_of(config: Any, precision: str) -> torch.dtype:
+    """The dtype of everything that is not quantised: the precision, or the checkpoint's own half precision."""
+    half = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    return FLOAT_PRECISIONS.get(precision, half)
+
+
+def load_on_meta(recorder: Recorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
+    """Load ``model`` within :func:`~glmlab.memory.recorder.recording`; return it.
+
+    Args:
+        recorder: its current row is the loading.
+        model: skeleton on the meta device, in the dtype of everything that is not quantised.
+        precision: as in :class:`~glmlab.memory.workload.Workload`.
+        stored_dtype: dtype of the checkpoint's tensors; None = that of the model.
 
     Raises:
         TraceError: a layer that int4 cannot quantise.
     """
-    half = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    dtype = FLOAT_PRECISIONS.get(precision, half)
-    stored_dtype = config.dtype if isinstance(config.dtype, torch.dtype) else half
+    dtype: torch.dtype = model.dtype
     with recorder.pause():
-        model = model.to(dtype)
         stored = {
-            name: _CheckpointTensor(tensor.shape, stored_dtype)
+            name: _CheckpointTensor(tensor.shape, stored_dtype or dtype)
             for name, tensor in revert_weight_conversion(model, dict(_saved_tensors(model))).items()
         }
-        quantizer = _quantizer(model, precision, dtype)
+        with local_torch_dtype(dtype):
+            quantizer = _quantizer(model, precision, dtype)
     device_map = {"": META}
     names = dict.fromkeys(model.state_dict(), META)
     warm_up_bytes = int(get_total_byte_count(model, names, quantizer)[META]) // 2 * 2
@@ -76,7 +86,7 @@ def load_on_meta(recorder: Recorder, model: Any, precision: str, config: Any) ->
         info, _ = convert_and_load_state_dict_in_model(model, stored, load_config, None)
     failed = {*info.conversion_errors, *info.mismatched_keys}
     if failed:
-        raise TraceError(f"transformers could not load these tensors: {', '.join(map(str, sorted(failed))[:3])}.")
+        raise TraceError(f"transformers could not load these tensors: {', '.join(sorted(map(str, failed))[:3])}: {next(iter(info.conversion_errors.values()), 'wrong shapes')[-300:]}.")
     for name, buffer in model.named_buffers():
         owner, _, key = name.rpartition(".")
         model.get_submodule(owner).register_buffer(key, torch.empty_like(buffer, device=META), persistent=False)
@@ -142,6 +152,7 @@ def _one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def _quantising_on_meta() -> Iterator[None]:
     """Let bitsandbytes quantise on its way to "meta", which it takes for a model without weights otherwise."""
+    import bitsandbytes
     from bitsandbytes.nn import Int8Params, Params4bit
 
     to_4bit, to_int8 = Params4bit.to, Int8Params.to
@@ -150,8 +161,12 @@ def _quantising_on_meta() -> Iterator[None]:
         return to_4bit(self, *args, **kwargs) if self.bnb_quantized else self._quantize(META)
 
     def quantise_int8(self: Any, *args: Any, **kwargs: Any) -> Any:
-        needs_it = self.data.dtype != torch.int8 and self.data.device.type == "cpu"
-        return self._quantize(META) if needs_it else to_int8(self, *args, **kwargs)
+        if self.data.dtype == torch.int8 or self.data.device.type != "cpu":
+            return to_int8(self, *args, **kwargs)
+        # Int8Params._quantize, whose last step (self.data = CB) PyTorch refuses from host to meta
+        weight = self.data.contiguous().to(device=META, dtype=torch.float16)
+        rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
+        return Int8Params(rows, requires_grad=False, has_fp16_weights=self.has_fp16_weights, CB=rows, SCB=scales)
 
     Params4bit.to, Int8Params.to = quantise_4bit, quantise_int8
     try:

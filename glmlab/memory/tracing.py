@@ -43,7 +43,7 @@ from glmlab.memory.allocation_trace import (
     read_trace,
 )
 from glmlab.memory.device_effects import EFFECTS, FUSED_4BIT_ROWS, DeviceRules
-from glmlab.memory.meta_loading import load_on_meta, owner_of_loaded
+from glmlab.memory.meta_loading import dtype_of, load_on_meta, owner_of_loaded
 from glmlab.memory.recorder import OperationRule, Recorder, module_paths, recording
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.workload import Workload, WorkloadError
@@ -168,6 +168,8 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
             file.write_text(workload.config_json, encoding="utf-8")
             config = load_config(file)
         config._attn_implementation = workload.attention
+        stored_dtype = config.dtype
+        config.dtype = dtype_of(config, workload.precision)
         model: Any = build_skeleton(config).eval()
     except GlmlabError:
         raise
@@ -176,7 +178,7 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
             f"{workload.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its sizes "
             "(hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
         ) from error
-    run = _Run(workload, settings, model, config)
+    run = _Run(workload, settings, model, config, stored_dtype)
     try:
         with _undisturbed():
             return run.record()
@@ -260,8 +262,11 @@ class _Scalars:
 class _Run:
     """One recording: loading, then the conversations."""
 
-    def __init__(self, workload: Workload, settings: dict[str, Any], model: Any, config: Any) -> None:
+    def __init__(
+        self, workload: Workload, settings: dict[str, Any], model: Any, config: Any, stored_dtype: torch.dtype | None
+    ) -> None:
         self.workload, self.settings, self.model, self.config = workload, settings, model, config
+        self.stored_dtype = stored_dtype
         self.recorder = Recorder()
         self.scalars = _Scalars()
         self.device = DeviceRules(
@@ -277,7 +282,7 @@ class _Run:
         operations = {**self.device.operations(), **self.scalars.rules()}
         recorder.begin("load")
         with recording(recorder, operations=operations, functions=self.device.functions()):
-            self.model = load_on_meta(recorder, self.model, workload.precision, self.config)
+            self.model = load_on_meta(recorder, self.model, workload.precision, self.stored_dtype)
             self.owners = owner_of_loaded(recorder, self.model)
             trace_building.check_loaded(recorder, self.owners)
             if workload.all_logits:

@@ -16,9 +16,12 @@ Attention = Literal["sdpa", "eager"]
 CacheKind = Literal["dynamic", "static"]
 Keeps = Literal["logits", "previous cache"]
 
+EmptyCache = Literal["load", "turn"]
+
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static")
 KEEPS = ("logits", "previous cache")
+EMPTY_CACHE_MOMENTS = ("load", "turn")
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell")
 DEFAULT_ARCHITECTURE = "ada"
 DEFAULT_PROMPT = 8
@@ -69,6 +72,9 @@ class Workload:
     architecture: str = ""  # of the GPU; "" = the card's, else DEFAULT_ARCHITECTURE
     card: str = ""  # a name of data/gpus.csv
     cuda_context_mib: float | None = None  # None = the card's, else an assumption that the forecast names
+    empty_cache: tuple[
+        EmptyCache, ...
+    ] = ()  # when torch.cuda.empty_cache() is called: after "load", after every "turn"
     without_effects: tuple[str, ...] = ()  # entries of device_effects.EFFECTS that are switched off
 
     def __post_init__(self) -> None:
@@ -80,6 +86,8 @@ class Workload:
         _one_of("cache", self.cache, CACHES)
         for kept in self.keeps:
             _one_of("keeps", kept, KEEPS)
+        for moment in self.empty_cache:
+            _one_of("empty_cache", moment, EMPTY_CACHE_MOMENTS)
         if self.architecture:
             _one_of("architecture", self.architecture, ARCHITECTURES)
         if self.card:
