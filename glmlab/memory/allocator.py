@@ -38,13 +38,13 @@ from glmlab.units import MIB
 class Block:
     """A part of a segment: live (a tensor's), idle, or, in an expandable segment, not mapped; sizes in bytes."""
 
-    __slots__ = ("address", "base", "is_expandable", "live", "mapped", "next", "pool", "prev", "requested", "size")
+    __slots__ = ("address", "base", "is_expandable", "live", "mapped", "next", "owner", "pool", "prev", "size")
 
     def __init__(self, address: int, size: int, pool: "Pool", base: int, is_expandable: bool) -> None:
         self.address, self.size, self.pool, self.base, self.is_expandable = address, size, pool, base, is_expandable
         self.prev: Block | None = None
         self.next: Block | None = None
-        self.live, self.mapped, self.requested = False, True, 0
+        self.live, self.mapped, self.owner = False, True, 0
 
     def __repr__(self) -> str:
         state = "live" if self.live else "idle" if self.mapped else "unmapped"
@@ -102,7 +102,7 @@ class BlockView:
 
     address: int
     size: int
-    requested: int
+    owner: int  # who asked for it, as told to malloc; 0 for an idle block
     live: bool
 
 
@@ -144,21 +144,24 @@ class CachingAllocator:
     ) -> None:
         self.settings = settings or AllocatorSettings()
         self.capacity_bytes, self.outside_bytes, self.address_seed = capacity_bytes, outside_bytes, address_seed
-        self.reserved_bytes = self.allocated_bytes = self.peak_allocated_bytes = 0
+        self.reserved_bytes = self.allocated_bytes = self.allocated_small_bytes = 0
+        self.peak_allocated_bytes = self.peak_allocated_small_bytes = 0  # the small pools' part at that moment
+        self.segments_taken: list[tuple[int, bool]] = []  # bytes and whether small, of every segment or mapped range
         self._pools: dict[tuple[tuple[int, int], bool, int], Pool] = {}
         self._heads: dict[int, Block] = {}  # first block of every segment, by address
         self._head_order: list[int] = []
+        self._spaces: dict[Pool, int] = {}  # where a pool's expandable segment lies
         self._lowest = self._top = FIRST_ADDRESS
         self._segments_made = 0
 
     # -- what a program asks ------------------------------------------------------------------------------------------
 
-    def malloc(self, n_bytes: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL) -> Block:
+    def malloc(self, n_bytes: int, stream: int = 0, *, owner: int = 0) -> Block:
         """Give ``n_bytes`` a block; :class:`OutOfMemory` when the capacity does not allow it."""
         if n_bytes <= 0:
             raise AllocatorError(f"cannot allocate {n_bytes} bytes: PyTorch asks its allocator for positive sizes only")
         size = self.settings.round_size(n_bytes)
-        pool = self.pool(size, stream, pool_id)
+        pool = self.pool(size, stream)
         block = self.find(pool, size) or self._ask_driver(pool, size)
         if block is None and self._release_for(pool, size):
             block = self._ask_driver(pool, size)
@@ -173,7 +176,9 @@ class CachingAllocator:
                 allocated=self.allocated_bytes,
                 reserved=self.reserved_bytes,
             )
-        return self.take(block, size, n_bytes)
+        block = self.take(block, size)
+        block.owner = owner
+        return block
 
     def free(self, block: Block) -> None:
         """Make a live block idle and melt it with idle neighbours."""
@@ -181,6 +186,7 @@ class CachingAllocator:
             raise AllocatorError(f"{block} is not live: freed twice?")
         block.live = False
         self.allocated_bytes -= block.size
+        self.allocated_small_bytes -= block.size if block.pool.is_small else 0
         block.pool.add(self._melt(block))
 
     def empty_cache(self) -> int:
@@ -190,6 +196,10 @@ class CachingAllocator:
             for address, size in self.releasable(pool):
                 self.release(address, size)
         return before - self.reserved_bytes
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at the bytes allocated now."""
+        self.peak_allocated_bytes, self.peak_allocated_small_bytes = self.allocated_bytes, self.allocated_small_bytes
 
     # -- what it holds ------------------------------------------------------------------------------------------------
 
@@ -213,7 +223,7 @@ class CachingAllocator:
         views: list[SegmentView] = []
         for head in (self._heads[address] for address in self._head_order):
             for run in _mapped_runs(head):
-                blocks = tuple(BlockView(b.address, b.size, b.requested if b.live else 0, b.live) for b in run)
+                blocks = tuple(BlockView(b.address, b.size, b.owner if b.live else 0, b.live) for b in run)
                 name = "small" if head.pool.is_small else "large"
                 size = run[-1].end - run[0].address
                 views.append(SegmentView(run[0].address, size, name, head.pool.stream, blocks))
@@ -254,7 +264,7 @@ class CachingAllocator:
             return None
         return block
 
-    def take(self, block: Block, size: int, requested: int) -> Block:
+    def take(self, block: Block, size: int) -> Block:
         """Make the front of an idle block live and leave the rest idle (rule 6)."""
         block.pool.remove(block)
         rest = block.size - size
@@ -264,15 +274,17 @@ class CachingAllocator:
             is_split = size < self.settings.max_split_bytes and rest > SMALL_REQUEST_BYTES
         if is_split:
             block.pool.add(self._split(block, size))
-        block.live, block.requested = True, requested
+        block.live = True
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        self.allocated_small_bytes += block.size if block.pool.is_small else 0
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.reset_peak()
         return block
 
     def add_segment(self, pool: Pool, address: int, size: int) -> Block:
         """Add a segment that the driver gave; returns its one idle block."""
         block = self._add_head(Block(address, size, pool, address, False))
-        self.reserved_bytes += size
+        self._grow(pool, size)
         pool.add(block)
         return block
 
@@ -283,11 +295,15 @@ class CachingAllocator:
         bisect.insort(pool.unmapped, block, key=lambda b: b.address)
         return block
 
-    def expansion(self, pool: Pool, size: int) -> list[tuple[int, int]]:
-        """Return the ranges (address, bytes) to map for a request; none where no address space has the room."""
+    def expansion(self, pool: Pool, size: int) -> tuple[Block, list[tuple[int, int]]] | None:
+        """Return where a request goes in an expandable segment: the first block, and the ranges (address, bytes) to map.
+
+        None where no address space has the room.
+        """
         page = self.settings.page_bytes(pool.is_small)
         for hole in pool.unmapped:
-            block: Block | None = hole.prev if hole.prev is not None and not hole.prev.live else hole
+            start = hole.prev if hole.prev is not None and not hole.prev.live else hole
+            block: Block | None = start
             have, ranges = 0, []
             while block is not None and not block.live and have < size:
                 if block.mapped:
@@ -298,8 +314,8 @@ class CachingAllocator:
                     have += n_bytes
                 block = block.next
             if have >= size:
-                return ranges
-        return []
+                return start, ranges
+        return None
 
     def map(self, address: int, n_bytes: int) -> Block:
         """Back unmapped address space with memory; returns the idle block it becomes part of."""
@@ -313,17 +329,17 @@ class CachingAllocator:
         if n_bytes < hole.size:
             bisect.insort(hole.pool.unmapped, self._split(hole, n_bytes), key=lambda b: b.address)
         hole.mapped = True
-        self.reserved_bytes += n_bytes
+        self._grow(hole.pool, n_bytes)
         block = self._melt(hole)
         block.pool.add(block)
         return block
 
-    def place(self, address: int, size: int, requested: int) -> Block | None:
+    def place(self, address: int, size: int) -> Block | None:
         """Make an idle range live wherever it lies; None where it is not idle (restores what is known)."""
         block = self.block_at(address)
-        return None if block is None else self.place_in(block, address, size, requested)
+        return None if block is None else self.place_in(block, address, size)
 
-    def place_in(self, block: Block, address: int, size: int, requested: int) -> Block | None:
+    def place_in(self, block: Block, address: int, size: int) -> Block | None:
         """Make a range of an idle block live; None where the block is not idle or not as large."""
         if block.live or not block.mapped or not block.address <= address or block.end < address + size:
             return None
@@ -334,7 +350,7 @@ class CachingAllocator:
         if size < block.size:
             block.pool.add(self._split(block, size))
         block.pool.add(block)
-        return self.take(block, size, requested)
+        return self.take(block, size)
 
     def releasable(self, pool: Pool) -> list[tuple[int, int]]:
         """Return the ranges (address, bytes) of a pool that ``empty_cache()`` gives back, in its order."""
@@ -411,16 +427,23 @@ class CachingAllocator:
         return self.add_segment(pool, self._next_address(n_bytes), n_bytes)
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
-        ranges = self.expansion(pool, size)
-        if not ranges:
-            self.add_expandable(pool, self._next_address(EXPANDABLE_SPACE_BYTES))
-            ranges = self.expansion(pool, size)
-        block = None
+        page = self.settings.page_bytes(pool.is_small)
+        plan = self.expansion(pool, size)
+        if plan is None:
+            if pool not in self._spaces:
+                self._spaces[pool] = self._next_address(EXPANDABLE_SPACE_BYTES)
+            block = self.add_expandable(pool, self._spaces[pool])
+            plan = block, [(block.address, -(-size // page) * page)]
+        block, ranges = plan
         for address, n_bytes in ranges:
             if not self._fits(n_bytes):
                 return None
             block = self.map(address, n_bytes)
         return block
+
+    def _grow(self, pool: Pool, n_bytes: int) -> None:
+        self.reserved_bytes += n_bytes
+        self.segments_taken.append((n_bytes, pool.is_small))
 
     def _fits(self, n_bytes: int) -> bool:
         return self.capacity_bytes is None or n_bytes <= self.free_capacity_bytes
@@ -441,7 +464,7 @@ class CachingAllocator:
         ranges = self.releasable_for(pool, size)
         for address, n_bytes in ranges:
             self.release(address, n_bytes)
-        return sum(n_bytes for _, n_bytes in ranges) >= size
+        return sum(n_bytes for _, n_bytes in ranges) >= max(size, self.settings.max_split_bytes)
 
     def releasable_for(self, pool: Pool, size: int) -> list[tuple[int, int]]:
         """Return the oversize blocks (address, bytes) that are released first when the driver has no memory left."""
@@ -493,10 +516,11 @@ class CachingAllocator:
 
 
 def coin(seed: int, index: int) -> bool:
-    """Toss coin number ``index`` of a seed: a hash of both, the same in every form of the allocator."""
+    """Toss coin number ``index`` of a seed (splitmix64, the same in every form of the allocator)."""
     mask = (1 << 64) - 1
-    x = (seed * 0x9E3779B97F4A7C15 + index + 1) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    x = (seed * 0xD1342543DE82EF95 + (index + 1) * 0x9E3779B97F4A7C15) & mask
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
     return bool(x >> 63)
 
 

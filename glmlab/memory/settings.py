@@ -16,7 +16,7 @@ LARGE_SEGMENT_BYTES = 20 * MIB
 LARGE_REQUEST_BYTES = 10 * MIB  # from here on a request gets a segment of its own size
 SEGMENT_STEP_BYTES = 2 * MIB  # ... rounded up to this
 FIRST_ADDRESS = 1 << 40
-EXPANDABLE_SPACE_BYTES = 1 << 43  # address space of one expandable segment; more than any GPU has memory
+EXPANDABLE_SPACE_BYTES = 1 << 39  # address space of one expandable segment; more than any GPU has memory
 POWER2_INTERVALS = 16  # roundup_power2_divisions: one number for each power of two from 1 MiB to 32 GiB
 DEFAULT_POOL = (0, 0)
 

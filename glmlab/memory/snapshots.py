@@ -334,7 +334,7 @@ class _Forward:
             block = at.get(which, order[which]) if which >= 0 else None
             while block is not None and block.end <= address:
                 block = block.next
-            placed = self.allocator.place_in(block, address, known.size, known.requested) if block else None
+            placed = self.allocator.place_in(block, address, known.size) if block else None
             if placed is None:
                 self.report.note(
                     f"a block at {address:#x} lies in no segment, or in another block: the history has gaps"
@@ -363,7 +363,7 @@ class _Forward:
         self.report.allocations += 1
         if choice is not None and choice.address == event.address:
             self.report.equal_addresses += 1
-            self.live[event.address] = self.allocator.take(choice, size, event.size)
+            self.live[event.address] = self.allocator.take(choice, size)
             return
         theirs = f"{format_bytes(event.size)} of stream {event.stream} at {event.address:#x}"
         ours = "asks the driver for a segment" if choice is None else f"takes {choice.address:#x} ({choice.size} B)"
@@ -385,7 +385,7 @@ class _Forward:
                 break
             else:
                 block = block.next
-        placed = self.allocator.place(event.address, size, event.size)
+        placed = self.allocator.place(event.address, size)
         if placed is None:
             self.report.note(f"event {i} allocates outside every known segment: not comparable")
         else:
@@ -462,12 +462,12 @@ class _Forward:
             self.report.note(f"event {run[0]} maps memory without an allocation behind it: not comparable")
             plan = []
         else:
-            plan = [] if self.allocator.find(pool, size) else self.allocator.expansion(pool, size)
+            plan = self._plan(pool, size)
         if (
             self.allocator.hole_at(events[0].address) is None
         ):  # a new address space: where it lies is the driver's choice
             self.allocator.add_expandable(target, events[0].address)
-            plan = self.allocator.expansion(target, size) if pool is target and not plan else plan
+            plan = self._plan(target, size) if pool is target and not plan else plan
         block = None
         for n, (index, event) in enumerate(zip(run, events, strict=True)):
             if pool is not None:
@@ -483,6 +483,10 @@ class _Forward:
             except AllocatorError:
                 self.report.note(f"event {index} maps memory that is mapped already: the history has gaps")
         return block
+
+    def _plan(self, pool: Pool, size: int) -> list[tuple[int, int]]:
+        expansion = None if self.allocator.find(pool, size) else self.allocator.expansion(pool, size)
+        return [] if expansion is None else expansion[1]
 
     def _released(self, run: list[int], pool: Pool | None, size: int) -> None:
         """Compare the segments given back to the driver with what the allocator would release, and in which order."""
