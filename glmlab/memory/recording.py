@@ -258,7 +258,9 @@ class Recorder:
         With random weights the answer has exactly ``max_new_tokens``, where given.
 
         Raises:
-            RecordingError: the context is full, or the driver went away; the rows so far are on disk.
+            RecordingError: the driver went away, or a fixed conversation does not fit into the context; the rows so far
+                are on disk.
+            ContextFullError: a typed chat has filled the context.
         """
         min_new_tokens = max_new_tokens if self._random_weights else None
         turns_before = len(self._session.turns)
@@ -275,6 +277,8 @@ class Recorder:
                     yield turn
                     away_s += time.perf_counter() - started
         except (ProbeError, ContextFullError) as error:
+            if isinstance(error, ContextFullError) and self._conversation is None:
+                raise  # a typed chat can be cleared and goes on
             raise RecordingError(self._what_is_left(error)) from error
         except (GeneratorExit, KeyboardInterrupt):
             # a typed chat goes on behind an answer that was cut off; a fixed one says the turn again when resumed
@@ -496,6 +500,7 @@ def _provenance(
         "precision": report.precision,
         "dtype": report.dtype,
         "attention": report.attention,
+        "device": report.device,
         "parameters": report.parameters,
         "weight_bytes": report.bytes_by_component,
         "load_s": _microseconds(report.seconds),
@@ -561,7 +566,8 @@ def _public_name(name: str) -> str:
 def _load_path(report: LoadReport) -> str:
     source = "random weights from the config" if report.weights == "random" else "checkpoint"
     quantised = ", linear layers quantised by bitsandbytes" if report.precision in ("int8", "int4") else ""
-    return f"{source} -> {report.architecture} on {report.device.split(':')[0]}{quantised}"
+    device = "GPU" if report.device.startswith("cuda") else "CPU"
+    return f"{source} -> {report.architecture} on {device}{quantised}"
 
 
 def _sampling(session: ChatSession) -> dict[str, Any]:

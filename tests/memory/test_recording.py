@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver, build_library, install_driver
 
-from glmlab.generation.chat import ChatSession
+from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.memory.curve import read_curve
 from glmlab.memory.probes import MemoryProbe, Reading
 from glmlab.memory.recording import (
@@ -194,7 +194,7 @@ def test_provenance_says_what_was_recorded_and_nothing_of_this_machine(
     assert provenance["date"] == "2023-11-14T22:13:20+00:00"
     assert provenance["status"] == "finished"
     assert (provenance["model"], provenance["precision"], provenance["attention"]) == ("embedded", "fp32", "sdpa")
-    assert provenance["load_path"] == "random weights from the config -> ChatGLM3ForCausalLM on cpu"
+    assert provenance["load_path"] == "random weights from the config -> ChatGLM3ForCausalLM on CPU"
     assert "exactly max_new_tokens" in str(provenance["answers"])
     assert {"python", "glmlab", "torch", "transformers", "bitsandbytes", "gpustat"} == set(provenance["versions"])  # type: ignore[call-overload]
     assert str(provenance["os"]).startswith(platform.system())
@@ -226,7 +226,7 @@ record(loaded, load_conversation(sys.argv[1]), sys.argv[2], every_token=True)
 
 def test_killed_run_leaves_a_readable_file_and_is_resumed(loaded: LoadedModel, tmp_path: Path) -> None:
     file, killed, whole = tmp_path / "chat.json", tmp_path / "killed.csv", tmp_path / "whole.csv"
-    turns = [{"user": "你好", "max_new_tokens": n} for n in (5, 5, 250)]
+    turns = [{"user": "你好", "max_new_tokens": n} for n in (5, 5, 120)]
     file.write_text(json.dumps({"name": "kill", "language": "zh", "turns": turns}), encoding="utf-8")
     child = subprocess.Popen([sys.executable, "-c", RECORD_SLOWLY, file, killed], stderr=subprocess.DEVNULL)
     try:
@@ -242,7 +242,7 @@ def test_killed_run_leaves_a_readable_file_and_is_resumed(loaded: LoadedModel, t
     torn = read_curve(killed)
     assert torn.provenance["status"] == "running"
     assert torn.table["step"].tolist() == list(range(len(torn.table)))
-    assert 14 < len(torn.table) < 250
+    assert 14 < len(torn.table) < 120
 
     conversation = load_conversation(file)
     resumed = record(loaded, conversation, killed, every_token=True, resume=True)
@@ -416,6 +416,20 @@ def test_full_context_ends_the_recording_with_its_rows(
         record(loaded, Conversation("long", "zh", QUESTIONS[:1] * 3, sha256="2"), tmp_path / "full.csv")
 
     assert read_curve(tmp_path / "full.csv").table["context_tokens"].max() <= 24
+
+
+def test_typed_chat_that_fills_the_context_can_be_cleared_and_goes_on(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loaded.model.config, "max_position_embeddings", 24)
+    with Recorder(ChatSession(loaded), tmp_path / "typed.csv") as recorder:
+        list(recorder.say("你好", max_new_tokens=5))
+        with pytest.raises(ContextFullError):
+            list(recorder.say("Please tell me a very long story about an elephant.", max_new_tokens=5))
+        recorder.clear()
+        list(recorder.say("谢谢", max_new_tokens=5))
+
+    assert read_curve(tmp_path / "typed.csv").table["turn"].tolist() == [0, 1, 1, 2]
 
 
 def test_unwritable_place_is_named(loaded: LoadedModel, tmp_path: Path) -> None:
