@@ -150,6 +150,7 @@ class Replay:
     """
 
     reserved: Int64Array  # (rows,) after the row
+    reserved_small: Int64Array  # (rows,) the small pool's part of it
     allocated: Int64Array  # (rows,) after the row
     peak_allocated: Int64Array  # (rows,) highest within the row
     peak_allocated_small: Int64Array  # (rows,) the small pool's part of peak_allocated, at that moment

@@ -655,7 +655,7 @@ def replay_rows(
 ) -> tuple[int, int]:
     """Replay rows of a schedule from ``begin_row`` on; returns the row where it stopped and why (DONE ...).
 
-    ``codes``: an int32 an event, see glmlab.memory.replay; ``ring``: slots of the last four rows; ``out``: (rows, 7).
+    ``codes``: an int32 an event, see glmlab.memory.replay; ``ring``: slots of the last four rows; ``out``: (rows, 8).
     """
     records, counters = memory[0], memory[6]
     lane_size = len(first)
@@ -751,7 +751,8 @@ def replay_rows(
         out[row, 3] = _get64(counters, PEAK_SMALL)
         out[row, 4] = _get64(counters, RESERVED_SMALL) - small
         out[row, 5] = _get64(counters, RESERVED) - _get64(counters, ALLOCATED) - out[row, 4]
-        out[row, 6] = np.int64(digest)
+        out[row, 6] = _get64(counters, RESERVED_SMALL)
+        out[row, 7] = np.int64(digest)
         for i in range(len(owners)):
             out_owners[row, i] = owners[i]
     return rows, DONE

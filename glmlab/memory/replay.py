@@ -104,7 +104,7 @@ class StepReplayer:
         before = self._rows_done
         padded = np.concatenate([np.zeros((before % k.LANES, 4), np.int64), rows])
         skip = before % k.LANES
-        out = np.zeros((len(padded), 7), np.int64)
+        out = np.zeros((len(padded), 8), np.int64)
         out_owners = np.zeros((len(padded), len(self.program.owners)), np.int64)
         self._counters[k.GROWTHS // 8] = 0
         row, status = skip, k.NEEDS_ROOM
@@ -255,7 +255,7 @@ class StepReplayer:
         growth[:, 0] -= skip
         growth[:, 2] *= BLOCK_BYTES
         error = self._out_of_memory() if is_out_of_memory else None
-        return _replay(out[:, :6] * BLOCK_BYTES, owners * BLOCK_BYTES, out[:, 6].astype(np.uint64), growth, error)
+        return _replay(out[:, :7] * BLOCK_BYTES, owners * BLOCK_BYTES, out[:, 7].astype(np.uint64), growth, error)
 
     def _out_of_memory(self) -> OutOfMemory:
         reserved = self._counter(k.RESERVED) * BLOCK_BYTES
@@ -276,9 +276,11 @@ def _replay(
     growth: Int64Array,
     out_of_memory: OutOfMemory | None,
 ) -> Replay:
-    reserved, allocated, peak, peak_small, free_small, free_large = (column.copy() for column in table.T)
+    columns = (column.copy() for column in table.T)
+    reserved, allocated, peak, peak_small, free_small, free_large, reserved_small = columns
     return Replay(
         reserved=reserved,
+        reserved_small=reserved_small,
         allocated=allocated,
         peak_allocated=peak,
         peak_allocated_small=peak_small,
@@ -391,6 +393,7 @@ class _ReadableRun:
                 allocator.peak_allocated_small_bytes,
                 allocator.free_small_bytes,
                 allocator.free_large_bytes,
+                allocator.allocated_small_bytes + allocator.free_small_bytes,
                 *self.owned,
                 digest,
             ]
@@ -398,10 +401,10 @@ class _ReadableRun:
 
     def result(self, out_of_memory: OutOfMemory | None) -> Replay:
         """Return the rows done."""
-        table = np.array([row[:-1] for row in self.rows], np.int64).reshape(len(self.rows), 6 + len(self.owned))
+        table = np.array([row[:-1] for row in self.rows], np.int64).reshape(len(self.rows), 7 + len(self.owned))
         digests = np.array([row[-1] for row in self.rows], np.uint64)
         growth = np.array(self.growth, np.int64).reshape(-1, 4)
-        return _replay(table[:, :6], table[:, 6:], digests, growth, out_of_memory)
+        return _replay(table[:, :7], table[:, 7:], digests, growth, out_of_memory)
 
     def _row(self, age: int) -> list[Block]:
         return self.history[age] if age < len(self.history) else []

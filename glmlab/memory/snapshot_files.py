@@ -121,10 +121,8 @@ def _load(path: Path) -> Any:
     except EOFError:
         raise SnapshotError(f"{path} is truncated: the pickle ends too early. Copy or record it again.") from None
     except Exception as error:  # the unpickler raises almost anything for bytes that are no pickle
-        truncated = " It may be truncated: copy or record it again." if "truncated" in str(error) else ""
-        raise SnapshotError(
-            f"{path} is not a pickle that can be read ({type(error).__name__}: {error}).{truncated or f' {RECORD_HINT}.'}"
-        ) from None
+        mend = "It may be truncated: copy or record it again" if "truncated" in str(error) else RECORD_HINT
+        raise SnapshotError(f"{path} is not a pickle that can be read ({error}): {mend}.") from None
 
 
 class _WrongShapeError(Exception):

@@ -1,17 +1,13 @@
-"""A real GPU's memory snapshot, replayed: does our allocator choose what PyTorch chose?
+"""Replays a real GPU's memory snapshot: does our allocator choose what PyTorch chose.
 
-:func:`replay_snapshot` rebuilds the state before the history, from the final segments and the events backward. Then it goes
-forward: for every allocation our allocator names the address, for every segment taken from or given back to the driver it
-says whether and how large, and both are compared with what the history tells. After a difference it goes on from PyTorch's
+:func:`replay_snapshot` rebuilds the state before the history (:mod:`glmlab.memory.snapshot_start`), then goes forward:
+for every allocation our allocator names the address, for every segment taken from or given back to the driver it says
+whether and how large, and both are compared with what the history tells. After a difference it goes on from PyTorch's
 choice, so that one difference is counted once.
-
-What the history does not tell: a block of the large pool may keep an unsplit tail of up to 1 MiB. For blocks older than the
-history the tail is found so: the first allocation carved behind the block while it lives begins at its true end; and a gap
-of at most 1 MiB up to the next block is always a tail, since the large pool never leaves so little idle.
 """
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +15,18 @@ from glmlab.memory.allocator import Block, CachingAllocator, Pool
 from glmlab.memory.settings import (
     DEFAULT_POOL,
     SMALL_REQUEST_BYTES,
-    SMALL_SEGMENT_BYTES,
     AllocatorError,
     AllocatorSettings,
 )
 from glmlab.memory.snapshot_files import (
     DeviceHistory,
     Event,
-    LiveBlock,
     SegmentRecord,
     Snapshot,
     SnapshotError,
     read_snapshot,
 )
+from glmlab.memory.snapshot_start import Owner, StartState, state_before
 from glmlab.units import format_bytes
 
 __all__ = ["DeviceReport", "ReplayReport", "Snapshot", "SnapshotError", "read_snapshot", "replay_snapshot"]
@@ -127,7 +122,7 @@ def _replay_device(snapshot: Snapshot, history: DeviceHistory) -> DeviceReport:
     if snapshot.has_garbage_collection:
         report.note("garbage_collection_threshold is set: which idle segments it released cannot be foreseen")
     events = _completed_frees(history.events, report)
-    start = _state_before(history.segments, events, settings, report)
+    start = state_before(history.segments, events, settings, report.note)
     _Forward(start, events, settings, report, snapshot.has_garbage_collection).run(history.segments)
     return report
 
@@ -146,143 +141,12 @@ def _completed_frees(events: Sequence[Event], report: DeviceReport) -> Sequence[
     ]
 
 
-# -- the state before the history -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Owner:
-    """Which pool a segment belongs to."""
-
-    stream: int
-    is_small: bool
-    pool_id: tuple[int, int]
-
-
-@dataclass
-class _Start:
-    """What the device held before the first event; owners also of segments that the events add."""
-
-    segments: dict[int, tuple[int, _Owner]]  # address -> bytes, owner; without expandable segments
-    mapped: dict[_Owner, list[tuple[int, int]]]  # mapped ranges (begin, end) of expandable segments
-    live: dict[int, LiveBlock]
-    owners: dict[int, _Owner]  # index of a segment event -> owner
-
-
-def _state_before(
-    segments: Sequence[SegmentRecord], events: Sequence[Event], settings: AllocatorSettings, report: DeviceReport
-) -> _Start:
-    """Undo the events one by one, from the last to the first, beginning with the final segments."""
-    start = _Start({}, {}, {}, {})
-    for segment in segments:
-        owner = _Owner(segment.stream, segment.is_small, segment.pool_id)
-        if segment.is_expandable:
-            _add_range(start.mapped.setdefault(owner, []), segment.address, segment.address + segment.size)
-        else:
-            start.segments[segment.address] = (segment.size, owner)
-        start.live.update((block.address, block) for block in segment.live)
-    owner_of_range = _range_owners(segments, events, settings)
-    freed_at: dict[int, int] = {}  # live before the history, freed in it: its true size is not told
-    for i in range(len(events) - 1, -1, -1):
-        event = events[i]
-        end = event.address + event.size
-        match event.action:
-            case "alloc":
-                if start.live.pop(event.address, None) is None:
-                    report.note(f"event {i} allocates a block that is missing afterwards: the history has gaps")
-                freed_at.pop(event.address, None)
-            case "free_completed":
-                size = settings.round_size(event.size)
-                start.live[event.address] = LiveBlock(event.address, size, event.size)
-                freed_at[event.address] = i
-            case "segment_alloc":
-                fallback = (event.size, _guess_owner(event))
-                start.owners[i] = start.segments.pop(event.address, fallback)[1]
-            case "segment_free":
-                start.owners[i] = _guess_owner(event)
-                start.segments[event.address] = (event.size, start.owners[i])
-            case "segment_map":
-                start.owners[i] = owner_of_range(event)
-                _cut_range(start.mapped.setdefault(start.owners[i], []), event.address, end)
-            case "segment_unmap":
-                start.owners[i] = owner_of_range(event)
-                _add_range(start.mapped.setdefault(start.owners[i], []), event.address, end)
-    _find_tails(start, events, freed_at, settings)
-    return start
-
-
-def _guess_owner(event: Event) -> _Owner:
-    return _Owner(event.stream, event.size == SMALL_SEGMENT_BYTES, event.pool_id or DEFAULT_POOL)
-
-
-def _range_owners(segments: Sequence[SegmentRecord], events: Sequence[Event], settings: AllocatorSettings) -> Any:
-    """Return a function that names the owner of a mapped or unmapped range: told, or that of the nearest known range."""
-    known = [(s.address, _Owner(s.stream, s.is_small, s.pool_id)) for s in segments if s.is_expandable]
-    page = settings.page_bytes(is_small=False)
-
-    def owner(event: Event) -> _Owner:
-        is_small = event.size == SMALL_SEGMENT_BYTES or event.size % page != 0
-        if event.action == "segment_unmap" and event.size % page == 0:
-            near = [(abs(address - event.address), o.is_small) for address, o in known if o.stream == event.stream]
-            is_small = min(near)[1] if near else False
-        like = [
-            (abs(a - event.address), o.pool_id) for a, o in known if (o.stream, o.is_small) == (event.stream, is_small)
-        ]
-        return _Owner(event.stream, is_small, event.pool_id or (min(like)[1] if like else DEFAULT_POOL))
-
-    known += [(event.address, owner(event)) for event in events if event.action == "segment_map"]
-    return owner
-
-
-def _add_range(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    touching = [r for r in ranges if r[0] <= end and begin <= r[1]]
-    ranges[:] = sorted(
-        [r for r in ranges if r not in touching]
-        + [(min([begin, *(r[0] for r in touching)]), max([end, *(r[1] for r in touching)]))]
-    )
-
-
-def _cut_range(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    pieces = [piece for b, e in ranges for piece in ((b, min(e, begin)), (max(b, end), e))]
-    ranges[:] = sorted((b, e) for b, e in pieces if b < e)
-
-
-def _find_tails(start: _Start, events: Sequence[Event], freed_at: dict[int, int], settings: AllocatorSettings) -> None:
-    """Give blocks of the large pool that were live before the history their true sizes (see the top of this module)."""
-    if settings.expandable_segments:
-        return  # then every rest from 512 B on is split off
-    allocations = sorted((event.address, i) for i, event in enumerate(events) if event.action == "alloc")
-    starts = sorted(start.live)
-    segment_starts = sorted(start.segments)
-    for address, index in freed_at.items():
-        block = start.live[address]
-        where = bisect.bisect_right(segment_starts, address) - 1
-        if block.size <= SMALL_REQUEST_BYTES or where < 0:
-            continue
-        end = address + block.size
-        limit = segment_starts[where] + start.segments[segment_starts[where]][0]
-        after = bisect.bisect_right(starts, address)
-        if after < len(starts):
-            limit = min(limit, starts[after])
-        is_oversize = block.size >= settings.max_split_bytes
-        first = bisect.bisect_left(allocations, (end, 0))
-        last = bisect.bisect_right(allocations, (end + SMALL_REQUEST_BYTES, len(events)))
-        carved = [(i, at) for at, i in allocations[first:last] if i < index]
-        if is_oversize or 0 < limit - end <= SMALL_REQUEST_BYTES:
-            end = limit
-        elif carved:
-            end = min(carved)[1]
-        start.live[address] = LiveBlock(address, max(end - address, block.size), block.requested)
-
-
-# -- forward, choice by choice --------------------------------------------------------------------------------------------
-
-
 class _Forward:
     """Replays the events of one device and compares the allocator's choices with them."""
 
     def __init__(
         self,
-        start: _Start,
+        start: StartState,
         events: Sequence[Event],
         settings: AllocatorSettings,
         report: DeviceReport,
@@ -342,7 +206,7 @@ class _Forward:
             else:
                 self.live[address] = at[which] = placed
 
-    def _base(self, owner: _Owner, ranges: list[tuple[int, int]]) -> int:
+    def _base(self, owner: Owner, ranges: list[tuple[int, int]]) -> int:
         """Where the address space of an expandable segment begins: the lowest address mapped while it lives."""
         base, n_bytes = ranges[0][0], sum(end - begin for begin, end in ranges)
         for i, event in enumerate(self.events):
@@ -353,7 +217,7 @@ class _Forward:
                     break
         return base
 
-    def _pool(self, owner: _Owner) -> Pool:
+    def _pool(self, owner: Owner) -> Pool:
         return self.allocator.pool(SMALL_REQUEST_BYTES + (not owner.is_small), owner.stream, owner.pool_id)
 
     def _allocate(self, i: int, event: Event) -> None:
