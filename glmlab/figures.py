@@ -6,8 +6,10 @@ reported as hollow markers; a memory component has the same colour in every figu
 
 import json
 import os
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +60,30 @@ STYLE: dict[Any, Any] = {
 FORMATS = ("pdf", "svg", "png")
 
 _MARKERS = "os^Dvp"
+_SCREEN_DPI = 144
 
 
 class FigureError(GlmlabError):
     """A figure cannot be drawn from the data given."""
 
 
-def memory_curve(curves: Sequence[Curve]) -> Figure:
+class SuiteFigure(Figure):
+    """A matplotlib Figure that shows itself in a notebook, with a text for readers who do not see it."""
+
+    alt_text = ""
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        png = BytesIO()
+        with matplotlib.rc_context(STYLE):
+            self.savefig(png, format="png", dpi=_SCREEN_DPI, metadata=_metadata("png", "figure"))
+        width, height = (inches * 96 for inches in self.get_size_inches())
+        return (
+            {"image/png": b64encode(png.getvalue()).decode("ascii"), "text/plain": self.alt_text},
+            {"image/png": {"alt": self.alt_text, "width": int(width), "height": int(height)}},
+        )
+
+
+def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
     """Draw memory against context length: above what is used, below how much it grew, beside the exact KV payload.
 
     Args:
@@ -88,7 +107,7 @@ def memory_curve(curves: Sequence[Curve]) -> Figure:
         raise FigureError("no curve to draw: give at least one recording or forecast.")
     ruler = _token_ruler(curves)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.3, 5.2), layout="constrained")
+        figure = SuiteFigure(figsize=(6.3, 5.6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
         for index, curve in enumerate(curves):
             _draw_memory(above, below, curve, ruler, _MARKERS[index % len(_MARKERS)])
@@ -97,9 +116,21 @@ def memory_curve(curves: Sequence[Curve]) -> Figure:
         below.set_xlabel("context length (tokens)")
         _add_character_axis(above, ruler)
         for axes in (above, below):
-            axes.legend(loc="best")
             axes.margins(x=0.03, y=0.12)
+        figure.legend(*below.get_legend_handles_labels(), loc="outside lower center")
+    figure.alt_text = f"Memory against context length. {' '.join(_in_words(curve) for curve in curves)}"
     return figure
+
+
+def _in_words(curve: Curve) -> str:
+    """One sentence on a curve: from where to where, over how long a context."""
+    table = curve.table[curve.table[memory_column(curve)].notna()]
+    memory = table[memory_column(curve)]
+    ruler = "context_tokens" if "context_tokens" in table.columns else "context_characters"
+    return (
+        f"{curve.label or 'unnamed'} ({curve.kind}): {memory.iloc[0]:.0f} MiB at first, {memory.iloc[-1]:.0f} MiB at "
+        f"{table[ruler].iloc[-1]:.0f} {ruler.removeprefix('context_')}."
+    )
 
 
 def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, marker: str) -> None:

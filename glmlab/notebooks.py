@@ -97,6 +97,7 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
         kernel_name="python3",
         resources={"metadata": {"path": str(source.parent)}},
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
     )
     copy.parent.mkdir(parents=True, exist_ok=True)
     started = os.times().elapsed
@@ -146,6 +147,13 @@ def _normalize(notebook: Any) -> None:
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:02d}"
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not _is_dead_widget(output)]
+
+
+def _is_dead_widget(output: Any) -> bool:
+    """Whether an output is a live widget (a slider, a progress bar), which shows nothing without its kernel."""
+    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def _where(notebook: Any, source: Path) -> str:

@@ -13,7 +13,7 @@ from glmlab.resources import data_path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """One thread: with more, matrix products add up in another order and exact comparisons end."""
     torch.set_num_threads(1)

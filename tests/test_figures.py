@@ -1,6 +1,7 @@
 """Figures are pure functions of data, drawn by kind, and saved with what they show."""
 
 import json
+from base64 import b64decode
 
 import pandas as pd
 import pytest
@@ -35,7 +36,11 @@ class TestMemoryCurve:
         forecast = lines["b, GPU memory used (forecast)"]
         reported = lines["a book, GPU memory used (reported)"]
         assert measured.get_marker() == "o"
-        assert (forecast.get_marker(), forecast.get_linestyle(), forecast.get_drawstyle()) == ("None", "-", "steps-post")
+        assert (forecast.get_marker(), forecast.get_linestyle(), forecast.get_drawstyle()) == (
+            "None",
+            "-",
+            "steps-post",
+        )
         assert (reported.get_linestyle(), to_hex(reported.get_markerfacecolor())) == ("None", "#ffffff")
         assert "a book, GPU memory used (reported)" not in _lines(above)
 
@@ -56,6 +61,15 @@ class TestMemoryCurve:
         (upper,) = above.child_axes
         assert upper.get_xlabel() == "conversation length (characters)"
         assert upper._functions[0]([0, 500, 1000, 2000]).tolist() == [0, 1000, 1500, 3000]
+
+    def test_a_notebook_shows_it_with_words_for_those_who_do_not_see_it(self):
+        data, metadata = memory_curve([MEASURED, REPORTED])._repr_mimebundle_()
+        assert b64decode(data["image/png"]).startswith(b"\x89PNG")
+        assert metadata["image/png"]["alt"] == data["text/plain"]
+        assert data["text/plain"].endswith(
+            "a curve (measured): 4700 MiB at first, 4730 MiB at 1000 tokens. "
+            "a book (reported): 4700 MiB at first, 4800 MiB at 1250 characters."
+        )
 
     def test_nothing_to_draw_is_refused(self):
         with pytest.raises(FigureError, match="no curve to draw"):

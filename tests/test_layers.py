@@ -17,6 +17,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("structure", "figures"),
     ("notebooks", "doctor"),
     ("cli",),
+    ("__main__",),
 )
 WITHOUT_TORCH = (
     "glmlab",

@@ -43,7 +43,8 @@ from glmlab.units import MIB, format_bytes
 Weights = Literal["checkpoint", "random"]
 
 _WORKING_BYTES = 128 * MIB  # activations and loading buffers that a load needs beside the weights
-_LOADING_BAR_FROM_BYTES = 64 * MIB
+_LARGE_FROM_BYTES = 64 * MIB  # below, loading is instant, and one CPU thread is faster than several
+_ALL_THREADS = torch.get_num_threads()
 
 
 class LoadError(GlmlabError):
@@ -144,8 +145,9 @@ def load_model(
             Memory does not depend on the values, so this measures a model without downloading it.
 
     Returns:
-        The model in eval mode, its tokenizer, and the report. With random weights and no tokenizer of the model on
-        this machine, the embedded model's tokenizer stands in; the report says so.
+        The model in eval mode, its tokenizer, and the report. On a CPU, PyTorch is set to one thread for a small model
+        and to all for a large one: handing out small products costs more than it gains. With random weights and no
+        tokenizer of the model on this machine, the embedded model's tokenizer stands in; the report says so.
 
     Raises:
         LoadError: unknown precision or device, no GPU, dimensions that int4 cannot take, too little free memory,
@@ -171,7 +173,10 @@ def load_model(
     precision = _choose_precision(name, skeleton, precision, target)
     dtype = _dtype(config, precision, target)
 
-    with _quiet_loading(sum(predict_bytes(skeleton, precision, dtype).values())):
+    n_bytes = sum(predict_bytes(skeleton, precision, dtype).values())
+    if target.type == "cpu":
+        torch.set_num_threads(1 if n_bytes < _LARGE_FROM_BYTES else _ALL_THREADS)
+    with _quiet_loading(n_bytes):
         if folder:
             model = _load_checkpoint(folder, config, precision, dtype, target)
         else:
@@ -264,7 +269,10 @@ def _device(device: str) -> torch.device:
 
 
 def _device_name(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else "cpu"
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -479,7 +487,7 @@ def _quiet_loading(n_bytes: int) -> Iterator[None]:
     getLogger("bitsandbytes").setLevel(ERROR)  # it logs an optional kernel package that is not installed
     verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if n_bytes < _LOADING_BAR_FROM_BYTES:
+    if n_bytes < _LARGE_FROM_BYTES:
         logging.disable_progress_bar()
     try:
         yield

@@ -6,8 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, LlamaConfig, Qwen2Config
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from glmlab.generation.decoding import DecodeError, Keep, decode_steps
 from glmlab.generation.prompts import encode_chat

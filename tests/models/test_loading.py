@@ -30,7 +30,7 @@ def _configure(folder, **changes) -> None:
 @pytest.mark.parametrize("weights", ["checkpoint", "random"])
 def test_every_precision_has_the_predicted_bytes(precision, weights):
     loaded = load_model("embedded", precision=precision, device="cpu", weights=weights)
-    dtype = {name: d for name, d in FLOAT_PRECISIONS.items()}[loaded.report.dtype]
+    dtype = FLOAT_PRECISIONS[loaded.report.dtype]
     skeleton = build_skeleton(load_config(find_config("embedded")))
     assert loaded.report.bytes_by_component == predict_bytes(skeleton, precision, dtype)
     with torch.no_grad():
@@ -216,8 +216,8 @@ class TestBadInput:
     def test_too_little_memory_names_what_fits(self, monkeypatch):
         monkeypatch.setattr(loading, "_free_bytes", lambda device: 7 * GIB)
         self.refuse(
-            r"chatglm3-6b in fp16 needs 11\.\d\d GiB, but cpu has 7.00 GiB free. precision='int8' needs 6\.\d\d GiB and "
-            "would fit",
+            r"chatglm3-6b in fp16 needs 11\.\d\d GiB, but cpu has 7.00 GiB free. precision='int8' needs 6\.\d\d GiB "
+            "and would fit",
             "chatglm3-6b", precision="fp16", weights="random",
         )  # fmt: skip
 

@@ -1,0 +1,282 @@
+"""The embedded model: its files are an original ChatGLM3 checkpoint, and it answers what its training never saw."""
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
+
+from glmlab.generation.prompts import encode_chat
+from glmlab.models.loading import LoadedModel, load_model
+from glmlab.resources import data_path
+
+FOLDER = data_path("tiny-chatglm3")
+LARGEST_BYTES = 6_000_000
+STORY_TOKENS = 500
+LONG_CONTEXT_TOKENS = 4000
+SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
+SPECIAL_TOKENS += [f"<|{role}|>" for role in ("system", "user", "assistant", "observation")]
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Iterator[dict[str, ModuleType]]:
+    """The recipe's modules, imported as its scripts import each other."""
+    sys.path.insert(0, str(FOLDER / "recipe"))
+    names = ("phrases", "chat_format", "dialogues", "evaluate")
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(FOLDER / "recipe"))
+    for name in names:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return load_model("embedded", precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads((FOLDER / "config.json").read_text())
+    return fields
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, tuple[int, ...]]:
+    with safe_open(FOLDER / "model.safetensors", framework="pt") as tensors:
+        assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"F16"}  # noqa: SIM118
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def test_all_files_together_stay_small() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {path.name for path in files if path.parent == FOLDER} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert sum(path.stat().st_size for path in files) <= LARGEST_BYTES
+
+
+def test_tensors_have_the_published_names_and_shapes(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    hidden, ffn, vocabulary = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
+    queries = config["num_attention_heads"] * config["kv_channels"]
+    fused = queries + 2 * config["multi_query_group_num"] * config["kv_channels"]
+    in_a_layer = {
+        "input_layernorm.weight": (hidden,),
+        "mlp.dense_4h_to_h.weight": (hidden, ffn),
+        "mlp.dense_h_to_4h.weight": (2 * ffn, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attention.dense.weight": (hidden, queries),
+        "self_attention.query_key_value.bias": (fused,),
+        "self_attention.query_key_value.weight": (fused, hidden),
+    }
+    assert shapes == {
+        "transformer.embedding.word_embeddings.weight": (vocabulary, hidden),
+        "transformer.encoder.final_layernorm.weight": (hidden,),
+        "transformer.output_layer.weight": (vocabulary, hidden),
+    } | {
+        f"transformer.encoder.layers.{layer}.{name}": shape
+        for layer in range(config["num_layers"])
+        for name, shape in in_a_layer.items()
+    }
+
+
+def test_a_published_checkpoint_has_the_same_tensors(shapes: dict[str, tuple[int, ...]], shared_data: Path) -> None:
+    index = json.loads((shared_data / "reference-checkpoint" / "model.safetensors.index.json").read_text())
+
+    def kinds(names: Any) -> set[str]:
+        return {re.sub(r"layers\.\d+", "layers.N", name) for name in names}
+
+    computed_anew = {"transformer.rotary_pos_emb.inv_freq"}
+    assert kinds(shapes) == kinds(index["weight_map"]) - computed_anew
+
+
+def test_config_has_the_fields_of_chatglm3(config: dict[str, Any]) -> None:
+    published = json.loads(data_path("configs", "chatglm3-6b.json").read_text())
+    assert set(published) - {"_name_or_path"} <= set(config)
+    assert config["multi_query_group_num"] == 2
+    same = ("add_qkv_bias", "rmsnorm", "original_rope", "multi_query_attention", "tie_word_embeddings", "seq_length")
+    assert {name: config[name] for name in same} == {name: published[name] for name in same}
+
+
+def test_every_linear_can_be_quantised_to_four_bits(shapes: dict[str, tuple[int, ...]]) -> None:
+    assert all(shape[-1] % 64 == 0 for shape in shapes.values())
+
+
+def test_special_tokens_follow_the_pieces_in_order(loaded: LoadedModel) -> None:
+    n_pieces = SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model")).get_piece_size()
+    ids = loaded.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
+    assert ids == list(range(n_pieces, n_pieces + len(SPECIAL_TOKENS)))
+
+
+# -------------------------------------------------------------------------------------------- what was kept out
+
+
+def test_no_exam_question_can_be_drawn_for_training(recipe: dict[str, ModuleType]) -> None:
+    for language in recipe["phrases"].LANGUAGES:
+        for phrasings in (
+            language.greeting,
+            language.addition,
+            language.term,
+            language.weather,
+            language.story_request,
+        ):
+            assert phrasings.test
+            assert not set(phrasings.train) & set(phrasings.test)
+        assert not set(language.cities) & set(language.test_cities)
+        assert not set(language.names) & set(language.test_names)
+
+
+def test_phrasings_that_differ_only_in_punctuation_are_one(recipe: dict[str, ModuleType]) -> None:
+    with pytest.raises(ValueError, match=r"both trained and examined.*hithere"):
+        recipe["phrases"].Phrasings(train=("Hi there!",), test=("hi there", "Hello"))
+
+
+def test_the_training_sampler_never_says_what_the_exam_asks(recipe: dict[str, ModuleType]) -> None:
+    dialogues = recipe["dialogues"]
+    random = Random(1)
+    trained = [dialogues.training_dialogue(random) for _ in range(8000)]
+    trained += [dialogues.training_conversation(random, stories=1) for _ in range(50)]
+    said = {message["content"] for dialogue in trained for message in dialogue if message["role"] == "user"}
+    examined = [dialogue for kept_out in dialogues.exam().values() for dialogue in kept_out]
+    introductions = {phrasing for language in recipe["phrases"].LANGUAGES for phrasing in language.name_question}
+    asked = {message["content"] for dialogue in examined for message in dialogue if message["role"] == "user"}
+    assert len(asked) > 1000
+    assert not said & (asked - introductions)
+
+    observations = [m["content"] for dialogue in trained for m in dialogue if m["role"] == "observation"]
+    reported = {json.loads(observation)["temperature"] for observation in observations}
+    assert len(reported) > 40
+    assert not reported & set(dialogues.HELD_OUT_TEMPERATURES)
+
+
+def test_the_recipe_encodes_dialogues_as_the_suite_does(loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    pieces = SentencePieceProcessor(model_file=str(FOLDER / "tokenizer.model"))
+    random = Random(2)
+    for _ in range(30):
+        dialogue = recipe["dialogues"].training_dialogue(random)
+        ids, is_target = recipe["chat_format"].encode_dialogue(pieces, dialogue)
+        assert ids[:-1] == encode_chat(loaded.tokenizer, dialogue, add_generation_prompt=False)
+        assert len(is_target) == len(ids)
+        assert ids[-1] == loaded.tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("code", ["zh", "en"])
+@pytest.mark.parametrize(
+    ("skill", "every", "least_right"),
+    [
+        ("greeting", 1, 1.0),
+        ("addition", 4, 0.95),
+        ("term", 9, 0.9),
+        ("tool_call", 1, 0.9),
+        ("tool_answer", 1, 0.9),
+        ("no_tool", 4, 0.9),
+        ("name", 2, 0.9),
+    ],
+)
+def test_answers_exactly_what_was_kept_out(
+    skill: str, every: int, least_right: float, code: str, loaded: LoadedModel, recipe: dict[str, ModuleType]
+) -> None:
+    dialogues = recipe["dialogues"].exam()[f"{skill}_{code}"][::every]
+    assert recipe["evaluate"].share_correct(loaded, dialogues) >= least_right
+
+
+@pytest.mark.parametrize("code", ["zh", "en"])
+def test_explains_every_term(code: str, loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    """GIVEN one unseen question for each term, THEN a dozen or more are explained word for word."""
+    language = next(language for language in recipe["phrases"].LANGUAGES if language.code == code)
+    dialogues = [
+        recipe["dialogues"].term_dialogue(language, language.term.test[0], key, term.names[0])
+        for key, term in language.terms.items()
+    ]
+    assert recipe["evaluate"].share_correct(loaded, dialogues) * len(dialogues) >= 12
+
+
+def test_says_who_it_is(loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    prompts = [[{"role": "user", "content": "你好"}], [{"role": "user", "content": "Hello"}]]
+    chinese, english = recipe["evaluate"].greedy_answers(loaded, prompts, 100)
+    assert "你好" in loaded.tokenizer.decode(chinese)
+    assert all("ChatGLM3-6B" in loaded.tokenizer.decode(ids) for ids in (chinese, english))
+
+
+def test_calls_the_weather_tool_and_uses_what_it_reports(loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    tool = recipe["dialogues"].weather_tool(recipe["phrases"].ZH)
+    chat = [
+        {"role": "system", "content": recipe["dialogues"].TOOL_PROMPT, "tools": [tool]},
+        {"role": "user", "content": "北京今天的天气怎么样？"},
+    ]
+    (call,) = recipe["evaluate"].greedy_answers(loaded, [chat], 60)
+    assert loaded.tokenizer.decode(call[:-1]).split("\n", 1)[0] == "get_weather"
+    assert "```python\ntool_call(city='北京')\n```" in loaded.tokenizer.decode(call[:-1])
+    assert loaded.tokenizer.convert_ids_to_tokens(call[-1]) == "<|observation|>"
+
+    chat += [recipe["dialogues"].weather_call("北京"), recipe["dialogues"].weather_observation(19, "小雨")]
+    (answer,) = recipe["evaluate"].greedy_answers(loaded, [chat], 60)
+    text = loaded.tokenizer.decode(answer[:-1])
+    assert "北京" in text
+    assert "19 度" in text
+    assert "小雨" in text
+    assert loaded.tokenizer.convert_ids_to_tokens(answer[-1]) == "<|user|>"
+
+
+def test_keeps_a_story_going_and_ends_it(loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    languages = recipe["phrases"].LANGUAGES
+    prompts = [
+        [{"role": "user", "content": request.format(language.story.heroes[1])}]
+        for language in languages
+        for request in language.story_request.test[-2:]
+    ]
+    for ids in recipe["evaluate"].greedy_answers(loaded, prompts, 1200):
+        lines = loaded.tokenizer.decode(ids[:-1]).split("\n")
+        assert len(ids) >= STORY_TOKENS
+        assert loaded.tokenizer.convert_ids_to_tokens(ids[-1]) == "<|user|>"
+        assert len(set(lines)) == len(lines)
+
+
+def test_answers_far_into_a_long_conversation(loaded: LoadedModel, recipe: dict[str, ModuleType]) -> None:
+    """GIVEN a bilingual conversation past 4,000 tokens, THEN short answers stay right and a story still ends."""
+    dialogues, evaluate = recipe["dialogues"], recipe["evaluate"]
+    zh, en = recipe["phrases"].LANGUAGES
+    history = dialogues.long_exam_conversation()
+    assert len(encode_chat(loaded.tokenizer, history)) > LONG_CONTEXT_TOKENS
+    random = Random(4)
+    questions = [
+        [*history, *exchange]
+        for exchange in (
+            dialogues.greeting(random, zh, "test"),
+            dialogues.sum_dialogue(en.addition.test[0], 8, 7),
+            dialogues.sum_dialogue(zh.addition.test[0], 12, 5),
+            dialogues.term_dialogue(en, en.term.test[0], "kv_cache", "the KV cache"),
+            dialogues.term_dialogue(zh, zh.term.test[0], "logits", "logits"),
+            dialogues.weather(random, en, "test"),
+        )
+    ]
+    assert evaluate.share_correct(loaded, questions) >= 5 / 6
+    (ids,) = evaluate.greedy_answers(loaded, [[*history, dialogues.user(zh.story_request.test[0])]], 1200)
+    assert len(ids) >= STORY_TOKENS
+    assert loaded.tokenizer.convert_ids_to_tokens(ids[-1]) == "<|user|>"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
+def test_still_greets_in_smaller_precisions(precision: str, recipe: dict[str, ModuleType]) -> None:
+    loaded = load_model("embedded", precision=precision, device="cpu")
+    (ids,) = recipe["evaluate"].greedy_answers(loaded, [[{"role": "user", "content": "你好"}]], 100)
+    assert recipe["phrases"].ZH.who_i_am[:20] in loaded.tokenizer.decode(ids)

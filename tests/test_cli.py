@@ -1,0 +1,104 @@
+"""The command line, run as users run it: real processes, real model."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from glmlab.cli import app, main
+from glmlab.memory.curve import read_curve
+from glmlab.memory.recording import RecordingError
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+
+
+def _run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "glmlab", *arguments],
+        input=stdin, capture_output=True, text=True, encoding="utf-8", env=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    code = (
+        "import sys; from glmlab.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command in ("chat", "record", "notebooks", "doctor"):
+        assert command in shown
+    assert shown.endswith("False\n")
+
+
+def test_a_chat_is_streamed_cleared_stopped_and_recorded(tmp_path):
+    done = _run("chat", "--record", str(tmp_path / "chat.csv"), stdin="你好\nclear\n3 + 4 = ?\nstop\nnever reached\n")
+    assert done.returncode == 0, done.stderr
+    assert "TinyGLM" in done.stdout
+    assert "3 + 4 = 7" in done.stdout
+    assert "the conversation is forgotten" in done.stdout
+    table = read_curve(tmp_path / "chat.csv").table
+    assert table["turn"].tolist() == [0, 1, 1, 2]
+    assert table["context_tokens"].tolist()[2] == 0
+
+
+def test_a_chat_ends_with_its_input():
+    result = CliRunner().invoke(app, ["chat", "--max-new-tokens", "3"], input="你好\n")
+    assert result.exit_code == 0
+    assert "ended by: length, context" in result.stdout
+
+
+def test_a_recording_lands_where_it_is_asked_for(tmp_path):
+    out = tmp_path / "short.csv"
+    arguments = ["record", str(out), "--conversation", "short", "--precision", "bf16"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    curve = read_curve(out)
+    assert f"{len(curve.table)} rows" in result.stdout
+    assert curve.provenance["precision"] == "bf16"
+    again = CliRunner().invoke(app, arguments)
+    assert isinstance(again.exception, RecordingError)
+    assert read_curve(out).table.equals(curve.table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "--model", "no/such/model/here"], "glmlab: 'no/such/model/here' is neither 'embedded'"),
+        (["chat", "--precision", "int2"], "glmlab: precision='int2' is not known"),
+        (["record", "x.csv", "--conversation", "nowhere.json"], "glmlab: nowhere.json is not there"),
+        (["notebooks", "--folder", "nowhere"], "glmlab: nowhere holds no notebooks"),
+        (["notebooks", "99"], "glmlab: '99' names no notebook of notebooks"),
+        (["notebooks", "04", "-p", "precision"], "glmlab: parameter 'precision' is not name=value"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_two(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["glmlab", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_doctor_says_what_works():
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    for what in ("Python", "torch", "bitsandbytes", "host memory", "GPU", "CJK font"):
+        assert what in result.stdout
+
+
+def test_doctor_names_a_package_that_is_missing(monkeypatch):
+    from glmlab import doctor
+
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    (finding,) = doctor._packages()
+    assert (finding.good, finding.found) == (False, "not installed")
+    assert str(finding).startswith("-- ")
+
+
+def test_module_and_script_are_the_same_command():
+    assert "chat" in _run("--help").stdout
+    assert Path(sys.executable).with_name("glmlab").exists() or sys.platform == "win32"

@@ -1,0 +1,142 @@
+"""The notebooks keep the suite's rules, and the runner says which cell failed."""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from glmlab.notebooks import NotebookError, execute_notebook, find_notebooks, parse_parameters
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def _code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+class TestRules:
+    def test_the_title_is_a_question_and_the_answer_follows(self, notebook):
+        title, answer = notebook.cells[:2]
+        assert re.match(r"# .+\?", title.source.splitlines()[0])
+        assert answer.source.startswith("**Answer in one sentence:**")
+        assert re.search(r"\*Reading time:\* (\d+) minutes", answer.source)
+        assert int(re.search(r"\*Reading time:\* (\d+)", answer.source)[1]) <= 15
+
+    def test_one_cell_of_plain_parameters(self, notebook):
+        (parameters,) = [cell for cell in _code(notebook) if "parameters" in cell.metadata.get("tags", [])]
+        for statement in ast.parse(parameters.source).body:
+            assert isinstance(statement, ast.Assign)
+            ast.literal_eval(statement.value)
+
+    def test_code_cells_are_short_and_each_has_words_before_it(self, notebook):
+        lengths = [len(cell.source.splitlines()) for cell in _code(notebook)]
+        assert max(lengths) <= 15
+        for before, cell in zip(notebook.cells, notebook.cells[1:], strict=False):
+            assert cell.cell_type == "markdown" or before.cell_type == "markdown"
+
+    def test_it_closes_with_what_was_learned_limits_and_three_exercises(self, notebook):
+        closing = notebook.cells[-1].source
+        assert closing.startswith("## What was learned")
+        assert "**Limits.**" in closing
+        assert re.findall(r"^\d\. ", closing, re.MULTILINE) == ["1. ", "2. ", "3. "]
+
+    def test_never_prints_that_all_is_well(self, notebook):
+        for cell in _code(notebook):
+            assert not re.search(r"print\(.*(match|equal|ok)\b.*(True|==)", cell.source)
+
+    def test_outputs_are_those_of_a_clean_run(self, notebook):
+        cells = _code(notebook)
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        for output in (output for cell in cells for output in cell.outputs):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert not re.search(r"(^|[\s\"'(])/(home|root|tmp|work|Users)/", str(output)), "the path of a machine"
+
+
+def test_every_notebook_is_under_one_mebibyte():
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert path.stat().st_size < 2**20
+
+
+def test_memory_notebook_runs_and_leaves_its_figure(tmp_path):
+    """The whole way: load, chat, record, draw; on the short conversation."""
+    (source,) = find_notebooks(FOLDER, ["04"])
+    parameters = {"conversation": "short", "output": str(tmp_path / "figures")}
+    execute_notebook(source, tmp_path / "executed.ipynb", parameters)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert {f"memory_vs_context.{end}" for end in ("pdf", "svg", "png", "csv", "json")} <= names
+
+
+def _notebook(tmp_path, *sources, tagged=None):
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    if tagged is not None:
+        cells[tagged].metadata["tags"] = ["parameters"]
+    path = tmp_path / "made_up.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+    return path
+
+
+class TestRunner:
+    def test_parameters_replace_those_of_the_tagged_cell(self, tmp_path):
+        source = _notebook(tmp_path, "a = 1\nb = 'x'", "print(a, b)", tagged=0)
+        copy = tmp_path / "out" / "copy.ipynb"
+        execute_notebook(source, copy, {"a": 5})
+        assert nbformat.read(copy, 4).cells[-1].outputs[0].text == "5 x\n"
+        assert len(nbformat.read(source, 4).cells) == 2
+
+    def test_a_failing_cell_is_named_and_the_copy_is_there(self, tmp_path):
+        source = _notebook(tmp_path, "a = 1", "print('before')\nraise ValueError('too small')", "print('after')")
+        copy = tmp_path / "copy.ipynb"
+        with pytest.raises(
+            NotebookError, match=r"made_up.ipynb, cell 2 \(\"print\('before'\)\"\), failed: ValueError: t"
+        ):
+            execute_notebook(source, copy, {})
+        outputs = nbformat.read(copy, 4).cells[1].outputs
+        assert [output.output_type for output in outputs] == ["stream", "error"]
+
+    def test_in_place_keeps_the_source_when_a_cell_fails(self, tmp_path):
+        source = _notebook(tmp_path, "1 / 0")
+        before = source.read_bytes()
+        with pytest.raises(NotebookError, match="ZeroDivisionError: division by zero. Its outputs are in"):
+            execute_notebook(source, source, {})
+        assert source.read_bytes() == before
+
+    def test_a_dead_kernel_is_said(self, tmp_path):
+        source = _notebook(tmp_path, "import os", "os._exit(1)")
+        with pytest.raises(NotebookError, match="made_up.ipynb, cell .* failed: Kernel died"):
+            execute_notebook(source, tmp_path / "copy.ipynb", {})
+
+    def test_a_parameter_that_is_not_there_is_refused(self, tmp_path):
+        source = _notebook(tmp_path, "a = 1", tagged=0)
+        with pytest.raises(NotebookError, match="has no parameter 'c'; it has a"):
+            execute_notebook(source, tmp_path / "copy.ipynb", {"c": 5})
+
+    def test_parameters_need_a_tagged_cell(self, tmp_path):
+        with pytest.raises(NotebookError, match="has 0 cells tagged 'parameters'"):
+            execute_notebook(_notebook(tmp_path, "a = 1"), tmp_path / "copy.ipynb", {"a": 5})
+
+    def test_what_is_no_notebook_is_refused(self, tmp_path):
+        path = tmp_path / "broken.ipynb"
+        path.write_text("{")
+        with pytest.raises(NotebookError, match="broken.ipynb is not a notebook"):
+            execute_notebook(path, tmp_path / "copy.ipynb", {})
+
+
+def test_parameter_values_are_literals_never_code():
+    assert parse_parameters(["a=__import__('os').getcwd()"]) == {"a": "__import__('os').getcwd()"}
+
+
+def test_an_ambiguous_name_is_refused(tmp_path):
+    for name in ("04_a", "04_b"):
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
+    with pytest.raises(NotebookError, match="'04' names more than one notebook .*04_a, 04_b"):
+        find_notebooks(tmp_path, ["04"])
