@@ -20,5 +20,6 @@ def data_path(*parts: str) -> Path:
         if candidate.exists():
             return candidate
     raise GlmlabError(
-        f"data/{'/'.join(parts)} is missing from this installation. Install glmlab from a full checkout: pip install -e ."
+        f"data/{'/'.join(parts)} is missing from this installation. "
+        "Install glmlab from a full checkout: pip install -e ."
     )

@@ -1,12 +1,11 @@
 """A conversation over one kept KV cache: every turn feeds only what is new."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tokenizers.decoders import DecodeStream
 from transformers import DynamicCache, GenerationConfig
 
 from glmlab.errors import GlmlabError
@@ -84,7 +83,7 @@ class ChatSession:
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._tools = tools
         self._max_new_tokens = max_new_tokens
-        self._generation_config = generation_config
+        self.generation_config = generation_config
         self.clear()
 
     def clear(self) -> None:
@@ -199,14 +198,20 @@ class ChatSession:
         return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
     def _answer(
-        self, message: Message, prompt_ids: list[int], max_new_tokens: int, ends_at_limit: bool, min_new_tokens: int | None
+        self,
+        message: Message,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        ends_at_limit: bool,
+        min_new_tokens: int | None,
     ) -> Iterator[Turn]:
         started = time.perf_counter()
         kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
         if kept < self.context_tokens:
             self._cache.crop(kept - self.context_tokens)
-        config = self._generation_config or self.loaded.model.generation_config
+        config = self.generation_config or self.loaded.model.generation_config
         if min_new_tokens is not None:
+            min_new_tokens = min(min_new_tokens, max_new_tokens)  # the context may leave less room than was asked
             config = GenerationConfig(**{**config.to_dict(), "min_new_tokens": min_new_tokens})
         steps = decode_steps(
             self.loaded,
@@ -233,12 +238,12 @@ class ChatSession:
             stop_reason=None,
         )
         before_characters = turn.context_characters
-        stream = DecodeStream(skip_special_tokens=True)
+        stream = _TextStream(self._decode)
         raw_text = ""
         try:
             for step in steps:
                 elapsed_s = time.perf_counter() - started
-                raw_text += stream.step(self.loaded.tokenizer.backend_tokenizer, step.token_id) or ""
+                raw_text += stream.step(step.token_id)
                 reason = "context limit" if step.stop_reason == "length" and ends_at_limit else step.stop_reason
                 token_ids = (*turn.token_ids, step.token_id)
                 if reason is not None:  # bytes of a character that never became complete show as U+FFFD
@@ -283,6 +288,29 @@ class ChatSession:
         if complete and not newline:
             return "", raw_text
         return metadata.strip(), text.removeprefix(" ")
+
+
+class _TextStream:
+    """Text that each token adds; a character spelled in several tokens comes with its last one.
+
+    tokenizers' DecodeStream raises where bytes never become a character, as they do with random weights.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []  # from the last token that completed a text; what came before is said
+        self._said = ""
+
+    def step(self, token_id: int) -> str:
+        """Return what the token adds: nothing while a character is incomplete."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") or len(text) <= len(self._said):
+            return ""
+        new_text = text[len(self._said) :]
+        self._ids = [token_id]
+        self._said = self._decode(self._ids)
+        return new_text
 
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:

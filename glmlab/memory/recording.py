@@ -571,7 +571,7 @@ def _load_path(report: LoadReport) -> str:
 
 
 def _sampling(session: ChatSession) -> dict[str, Any]:
-    config = session._generation_config or session.loaded.model.generation_config
+    config = session.generation_config or session.loaded.model.generation_config
     if not config.do_sample:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from glmlab import load_model
 from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.generation.prompts import PromptError, encode_chat
 from glmlab.models.loading import LoadedModel
@@ -156,6 +157,15 @@ class TestFullContext:
     def test_restoring_too_much_is_refused(self, short):
         with pytest.raises(ContextFullError, match=r"the turns to restore have \d+ tokens"):
             short.restore([("Hello", [5] * 80)])
+
+
+def test_bytes_that_never_become_a_character_do_not_end_the_stream(embedded):
+    loaded = load_model("embedded", precision="fp32", device="cpu", weights="random")
+    session = ChatSession(loaded, max_new_tokens=120, generation_config=GenerationConfig(do_sample=True))
+    torch.manual_seed(0)
+    turn = _last(session.say("Hello", min_new_tokens=120))
+    assert turn.generated_tokens == 120
+    assert "\ufffd" in turn.text
 
 
 def test_rules_of_the_roles_hold(session):

@@ -1,86 +1,17 @@
-"""Figures: pure functions from Curves to matplotlib Figures, and one function that saves them with their data.
+"""Memory against context: measured, forecast and reported Curves in one picture."""
 
-Nothing here knows of GPUs or models. What was measured is drawn as dots, what was forecast as a solid line, what others
-reported as hollow markers; a memory component has the same colour in every figure of the suite.
-"""
-
-import json
-import os
-from base64 import b64encode
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from glmlab.errors import GlmlabError
+from glmlab.figures.style import COLORS, STYLE, FigureError, SuiteFigure
 from glmlab.memory.curve import Curve
 
-COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindness and in greyscale by its order
-    "used": "#000000",
-    "reserved": "#56606b",
-    "allocated": "#0072b2",
-    "weights": "#8c8c8c",
-    "quantisation state": "#b8b8b8",
-    "kv": "#d55e00",
-    "kv copies": "#e69f00",
-    "activations": "#009e73",
-    "slack small": "#56b4e9",
-    "slack large": "#cc79a7",
-    "context": "#4d4d4d",
-    "unexplained": "#f0e442",
-}
-"""Colour of every memory component, the same everywhere."""
-
-STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.labelsize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "lines.linewidth": 1.4,
-    "pdf.fonttype": 42,
-    "ps.fonttype": 42,
-    "svg.hashsalt": "glmlab",
-    "savefig.dpi": 200,
-}
-"""matplotlib settings of the suite; fonts are embedded as TrueType."""
-
-FORMATS = ("pdf", "svg", "png")
-
 _MARKERS = "os^Dvp"
-_SCREEN_DPI = 144
-
-
-class FigureError(GlmlabError):
-    """A figure cannot be drawn from the data given."""
-
-
-class SuiteFigure(Figure):
-    """A matplotlib Figure that shows itself in a notebook, with a text for readers who do not see it."""
-
-    alt_text = ""
-
-    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        png = BytesIO()
-        with matplotlib.rc_context(STYLE):
-            self.savefig(png, format="png", dpi=_SCREEN_DPI, metadata=_metadata("png", "figure"))
-        width, height = (inches * 96 for inches in self.get_size_inches())
-        return (
-            {"image/png": b64encode(png.getvalue()).decode("ascii"), "text/plain": self.alt_text},
-            {"image/png": {"alt": self.alt_text, "width": int(width), "height": int(height)}},
-        )
 
 
 def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
@@ -224,62 +155,6 @@ def _add_character_axis(axes: Axes, ruler: pd.DataFrame) -> None:
         functions=(lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens)),
     )
     upper.set_xlabel("conversation length (characters)")
-
-
-def save_figure(
-    figure: Figure,
-    stem: str | os.PathLike[str],
-    *,
-    data: pd.DataFrame,
-    provenance: Mapping[str, Any],
-    formats: Sequence[str] = FORMATS,
-) -> list[Path]:
-    """Save a figure with what it shows: ``STEM.pdf``, ``.svg``, ``.png``, ``.csv`` and ``.json``.
-
-    Equal figures give equal bytes: the only date is that of SOURCE_DATE_EPOCH, where it is set.
-
-    Args:
-        figure: from a function of this module.
-        stem: path without suffix; its folder is made.
-        data: the table that the figure shows.
-        provenance: where the data come from; it becomes the ``.json``.
-        formats: of pdf, svg, png.
-
-    Returns:
-        The files written.
-
-    Raises:
-        FigureError: an unknown format, or a folder that cannot be written.
-    """
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise FigureError(f"format {unknown[0]!r} is not known. Use {', '.join(FORMATS)}.")
-    base = Path(stem)
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FigureError(f"{base.parent} cannot be made ({error.strerror}). Choose another folder.") from error
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name in formats:
-            path = base.with_name(f"{base.name}.{name}")
-            figure.savefig(path, metadata=_metadata(name, base.name))
-            written.append(path)
-    csv_path, json_path = base.with_name(f"{base.name}.csv"), base.with_name(f"{base.name}.json")
-    data.to_csv(csv_path, index=False, lineterminator="\n")
-    json_path.write_text(
-        json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    return [*written, csv_path, json_path]
-
-
-def _metadata(file_format: str, title: str) -> dict[str, Any]:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    date = datetime.fromtimestamp(int(epoch), UTC) if epoch else None
-    if file_format == "pdf":
-        return {"Title": title, "Creator": "glmlab", "Producer": None, "CreationDate": date}
-    if file_format == "svg":
-        return {"Title": title, "Creator": "glmlab", "Date": date.isoformat() if date else None}
-    return {"Title": title, "Software": "glmlab"}
 
 
 def curves_table(curves: Sequence[Curve]) -> pd.DataFrame:

@@ -1,0 +1,20 @@
+"""Figures: pure functions from data to matplotlib Figures.
+
+Nothing here knows of GPUs or models, and nothing imports torch. What was measured is drawn as dots, what was forecast as
+a solid line, what others reported as hollow markers; a memory component has the same colour in every figure.
+"""
+
+from glmlab.figures.memory import curves_table, memory_column, memory_curve
+from glmlab.figures.style import COLORS, FORMATS, STYLE, FigureError, SuiteFigure, save_figure
+
+__all__ = [
+    "COLORS",
+    "FORMATS",
+    "STYLE",
+    "FigureError",
+    "SuiteFigure",
+    "curves_table",
+    "memory_column",
+    "memory_curve",
+    "save_figure",
+]
