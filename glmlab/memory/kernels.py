@@ -6,8 +6,8 @@ The rules are those of :mod:`glmlab.memory.allocator`; tests hold both forms to 
   offset.
 - Idle blocks of the small pool hang in 4,096 lists, one a size, each by address; a bitmap with a summary word finds the
   best fit in two find-first-set instructions.
-- Idle blocks of the large pool are few: one sorted array of keys ``size << 32 + address``.
-- With expandable segments idle blocks have any size, so both pools use the sorted array.
+- Idle blocks of the large pool hang in lists of similar sizes (64 between a power of two and the next), each by size,
+  then address. With expandable segments those of the small pool do too, because they can have any size.
 - Memory is addressed through raw pointers (numba's arrays carry seven numbers each, which would fill the registers),
   and every function is inlined into one kernel. There are no bounds checks: the caller checks the program, and the
   kernel stops before a row that could need more records than are left.
@@ -33,13 +33,18 @@ NONE = -1
 IDLE, LARGE, UNMAPPED, OWNER_SHIFT = 1, 2, 4, 3
 # Counters and settings, as byte offsets into one int64 array; sizes in units.
 RESERVED, ALLOCATED, PEAK, PEAK_SMALL, ALLOCATED_SMALL, RESERVED_SMALL = 0, 8, 16, 24, 32, 40
-TOP, LOWEST, SEGMENTS_MADE, RECORDS_USED, LISTED_SMALL, LISTED_LARGE, SPACE_SMALL, SPACE_LARGE = range(48, 112, 8)
-CAPACITY, SEED, EXPANDABLE, MAX_SPLIT, NON_SPLIT_ROUNDING, LARGE_SEGMENT, POWER2, OWNERS = range(112, 176, 8)
-ROW, EVENT, GROWTHS, GROWTH_CAPACITY, RECORD_CAPACITY, FAILED_SIZE, TURN = range(176, 232, 8)
-COUNTERS = 29
+TOP, LOWEST, SEGMENTS_MADE, RECORDS_USED, SPACE_SMALL, SPACE_LARGE = range(48, 96, 8)
+CAPACITY, SEED, EXPANDABLE, MAX_SPLIT, NON_SPLIT_ROUNDING, LARGE_SEGMENT = range(96, 144, 8)
+ROW, EVENT, GROWTHS, GROWTH_CAPACITY, RECORD_CAPACITY, FAILED_SIZE, TURN = range(144, 200, 8)
+COUNTERS = 25
 NO_SEED, NO_LIMIT = -1, 1 << 40
 
 SMALL_LIMIT, SMALL_SEGMENT, LARGE_LIMIT = 2048, 4096, 20480  # units: 1 MiB, 2 MiB, 10 MiB
+# Byte offsets into `lists` (int32 heads) and `bitmaps` (int64 words, then a summary of them): one list a size for the
+# small pool, then lists of similar sizes for the small pool (expandable segments) and the large pool.
+EXACT_LISTS, SIMILAR_SMALL_LISTS, SIMILAR_LARGE_LISTS, LIST_COUNT = 0, 4096 * 4, 6144 * 4, 8192
+EXACT_BITS, SIMILAR_SMALL_BITS, SIMILAR_LARGE_BITS, WORD_COUNT = 0, 65 * 8, 130 * 8, 195
+SUMMARY = 64 * 8
 EXPANDABLE_SPACE = 1 << 30
 LANES = 4  # rows whose slots are remembered
 CODE_AGE_SHIFT, CODE_SLOT_MASK = 20, (1 << 20) - 1
@@ -92,78 +97,24 @@ def _storer(bits: int) -> Callable[[int, int, int], None]:
 _get32, _set32, _get64, _set64 = _loader(32), _storer(32), _loader(64), _storer(64)
 
 
-def _bit_finder() -> Callable[[int], int]:
+def _bit_finder(instruction: str) -> Callable[[int], int]:
     @intrinsic  # type: ignore[untyped-decorator]
-    def first_set(_context: Any, word: Any) -> Any:
+    def find(_context: Any, word: Any) -> Any:
         def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
-            return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
+            return getattr(builder, instruction)(args[0], ir.Constant(ir.IntType(1), 0))
 
         return types.int64(types.int64), generate
 
-    finder: Callable[[int], int] = first_set
+    finder: Callable[[int], int] = find
     return finder
 
 
-_first_set = _bit_finder()  # number of the lowest bit set, 64 for zero
+_zeros_below = _bit_finder("cttz")  # zero bits below the lowest bit set
+_zeros_above = _bit_finder("ctlz")  # zero bits above the highest bit set
 
 
-# -- idle blocks of the small pool: a list for each size -------------------------------------------------------------
-
-
-@_inlined
-def _list_add(records: int, lists: int, bitmap: int, block: int) -> None:
-    size_class = _get32(records, block + SIZE) - 1
-    address = _get32(records, block + ADDRESS)
-    before, after = NONE, _get32(lists, size_class * 4)
-    while after >= 0 and _get32(records, after + ADDRESS) < address:
-        before, after = after, _get32(records, after + LIST_NEXT)
-    _set32(records, block + LIST_PREV, before)
-    _set32(records, block + LIST_NEXT, after)
-    if after >= 0:
-        _set32(records, after + LIST_PREV, block)
-    if before >= 0:
-        _set32(records, before + LIST_NEXT, block)
-    else:
-        _set32(lists, size_class * 4, block)
-        if after < 0:
-            word = size_class >> 6
-            _set64(bitmap, word * 8, _get64(bitmap, word * 8) | (1 << (size_class & 63)))
-            _set64(bitmap, 512, _get64(bitmap, 512) | (1 << word))
-
-
-@_inlined
-def _list_remove(records: int, lists: int, bitmap: int, block: int) -> None:
-    before, after = _get32(records, block + LIST_PREV), _get32(records, block + LIST_NEXT)
-    if after >= 0:
-        _set32(records, after + LIST_PREV, before)
-    if before >= 0:
-        _set32(records, before + LIST_NEXT, after)
-    else:
-        size_class = _get32(records, block + SIZE) - 1
-        _set32(lists, size_class * 4, after)
-        if after < 0:
-            word = size_class >> 6
-            bits = _get64(bitmap, word * 8) & ~(1 << (size_class & 63))
-            _set64(bitmap, word * 8, bits)
-            if bits == 0:
-                _set64(bitmap, 512, _get64(bitmap, 512) & ~(1 << word))
-
-
-@_inlined
-def _list_find(lists: int, bitmap: int, size: int) -> int:
-    """Return the best fit, or NONE."""
-    word = (size - 1) >> 6
-    bits = _get64(bitmap, word * 8) & (-1 << ((size - 1) & 63))
-    if bits == 0:
-        words = _get64(bitmap, 512) & (-2 << word)
-        if words == 0:
-            return NONE
-        word = _first_set(words)
-        bits = _get64(bitmap, word * 8)
-    return _get32(lists, (word * 64 + _first_set(bits)) * 4)
-
-
-# -- idle blocks elsewhere: an array of keys, sorted by size, then address -------------------------------------------
+# -- lists of idle blocks ----------------------------------------------------------------------------------------------
+# `memory` is the tuple of pointers that every function needs: records, lists, bitmaps, spare records, counters.
 
 
 @_inlined
@@ -172,70 +123,126 @@ def _key(records: int, block: int) -> int:
 
 
 @_inlined
-def _keys_find(keys: int, count: int, key: int) -> int:
-    """Return the place of the first key not under ``key``."""
-    low = 0
-    while count > 0:
-        half = count >> 1
-        if _get64(keys, (low + half) * 16) < key:
-            low += half + 1
-            count -= half + 1
-        else:
-            count = half
-    return low
+def _similar_class(size: int) -> int:
+    """Return the list of similar sizes: exact below 64 units, then 64 lists for every power of two."""
+    power = 63 - _zeros_above(size)
+    return size if power < 6 else (power - 5) * 64 + ((size >> (power - 6)) & 63)
 
 
 @_inlined
-def _keys_add(records: int, keys: int, counters: int, listed: int, block: int) -> None:
+def _next_class(bitmap: int, first: int) -> int:
+    """Return the first list that is not empty, from ``first`` on, or NONE."""
+    word = first >> 6
+    bits = _get64(bitmap, word * 8) & (-1 << (first & 63))
+    if bits == 0:
+        words = _get64(bitmap, SUMMARY) & (-2 << word)
+        if words == 0:
+            return NONE
+        word = _zeros_below(words)
+        bits = _get64(bitmap, word * 8)
+    return word * 64 + _zeros_below(bits)
+
+
+@_inlined
+def _list_add(records: int, lists: int, bitmap: int, which: int, block: int) -> None:
     key = _key(records, block)
-    i = _get64(counters, listed)
-    _set64(counters, listed, i + 1)
-    while i > 0 and _get64(keys, i * 16 - 16) > key:
-        _set64(keys, i * 16, _get64(keys, i * 16 - 16))
-        _set64(keys, i * 16 + 8, _get64(keys, i * 16 - 8))
-        i -= 1
-    _set64(keys, i * 16, key)
-    _set64(keys, i * 16 + 8, block)
+    before, after = NONE, _get32(lists, which * 4)
+    while after >= 0 and _key(records, after) < key:
+        before, after = after, _get32(records, after + LIST_NEXT)
+    _set32(records, block + LIST_PREV, before)
+    _set32(records, block + LIST_NEXT, after)
+    if after >= 0:
+        _set32(records, after + LIST_PREV, block)
+    if before >= 0:
+        _set32(records, before + LIST_NEXT, block)
+    else:
+        _set32(lists, which * 4, block)
+        if after < 0:
+            word = which >> 6
+            _set64(bitmap, word * 8, _get64(bitmap, word * 8) | (1 << (which & 63)))
+            _set64(bitmap, SUMMARY, _get64(bitmap, SUMMARY) | (1 << word))
 
 
 @_inlined
-def _keys_remove(records: int, keys: int, counters: int, listed: int, block: int) -> None:
-    count = _get64(counters, listed) - 1
-    _set64(counters, listed, count)
-    for i in range(_keys_find(keys, count + 1, _key(records, block)), count):
-        _set64(keys, i * 16, _get64(keys, i * 16 + 16))
-        _set64(keys, i * 16 + 8, _get64(keys, i * 16 + 24))
-
-
-# -- blocks ----------------------------------------------------------------------------------------------------------
-# `memory` is the tuple of pointers that every function needs; the caller makes it.
+def _list_remove(records: int, lists: int, bitmap: int, which: int, block: int) -> None:
+    before, after = _get32(records, block + LIST_PREV), _get32(records, block + LIST_NEXT)
+    if after >= 0:
+        _set32(records, after + LIST_PREV, before)
+    if before >= 0:
+        _set32(records, before + LIST_NEXT, after)
+    else:
+        _set32(lists, which * 4, after)
+        if after < 0:
+            word = which >> 6
+            bits = _get64(bitmap, word * 8) & ~(1 << (which & 63))
+            _set64(bitmap, word * 8, bits)
+            if bits == 0:
+                _set64(bitmap, SUMMARY, _get64(bitmap, SUMMARY) & ~(1 << word))
 
 
 @_inlined
 def _idle_add(memory: tuple[int, ...], block: int) -> None:
-    records, lists, bitmap, keys_small, keys_large, _, counters = memory
+    records, lists, bitmaps, _, counters = memory
+    size = _get32(records, block + SIZE)
     if _get32(records, block + STATE) & LARGE:
-        _keys_add(records, keys_large, counters, LISTED_LARGE, block)
+        which = _similar_class(size)
+        _list_add(records, lists + SIMILAR_LARGE_LISTS, bitmaps + SIMILAR_LARGE_BITS, which, block)
     elif _get64(counters, EXPANDABLE):
-        _keys_add(records, keys_small, counters, LISTED_SMALL, block)
+        which = _similar_class(size)
+        _list_add(records, lists + SIMILAR_SMALL_LISTS, bitmaps + SIMILAR_SMALL_BITS, which, block)
     else:
-        _list_add(records, lists, bitmap, block)
+        _list_add(records, lists, bitmaps, size - 1, block)
 
 
 @_inlined
 def _idle_remove(memory: tuple[int, ...], block: int) -> None:
-    records, lists, bitmap, keys_small, keys_large, _, counters = memory
+    records, lists, bitmaps, _, counters = memory
+    size = _get32(records, block + SIZE)
     if _get32(records, block + STATE) & LARGE:
-        _keys_remove(records, keys_large, counters, LISTED_LARGE, block)
+        which = _similar_class(size)
+        _list_remove(records, lists + SIMILAR_LARGE_LISTS, bitmaps + SIMILAR_LARGE_BITS, which, block)
     elif _get64(counters, EXPANDABLE):
-        _keys_remove(records, keys_small, counters, LISTED_SMALL, block)
+        which = _similar_class(size)
+        _list_remove(records, lists + SIMILAR_SMALL_LISTS, bitmaps + SIMILAR_SMALL_BITS, which, block)
     else:
-        _list_remove(records, lists, bitmap, block)
+        _list_remove(records, lists, bitmaps, size - 1, block)
+
+
+@_inlined
+def _similar_find(memory: tuple[int, ...], size: int, large: int) -> int:
+    """Return the smallest idle block of at least ``size`` units in the lists of similar sizes, or NONE."""
+    records = memory[0]
+    lists = memory[1] + (SIMILAR_LARGE_LISTS if large else SIMILAR_SMALL_LISTS)
+    bitmap = memory[2] + (SIMILAR_LARGE_BITS if large else SIMILAR_SMALL_BITS)
+    which = _similar_class(size)
+    block = _get32(lists, which * 4)
+    while block >= 0 and _get32(records, block + SIZE) < size:
+        block = _get32(records, block + LIST_NEXT)
+    if block >= 0:
+        return block
+    which = _next_class(bitmap, which + 1)
+    return _get32(lists, which * 4) if which >= 0 else NONE
+
+
+@_inlined
+def _similar_after(memory: tuple[int, ...], block: int, large: int) -> int:
+    """Return the idle block next in order of size and address, or NONE."""
+    records = memory[0]
+    lists = memory[1] + (SIMILAR_LARGE_LISTS if large else SIMILAR_SMALL_LISTS)
+    bitmap = memory[2] + (SIMILAR_LARGE_BITS if large else SIMILAR_SMALL_BITS)
+    after = _get32(records, block + LIST_NEXT)
+    if after >= 0:
+        return after
+    which = _next_class(bitmap, _similar_class(_get32(records, block + SIZE)) + 1)
+    return _get32(lists, which * 4) if which >= 0 else NONE
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 @_inlined
 def _new_record(memory: tuple[int, ...], address: int, size: int, state: int) -> int:
-    records, spare, counters = memory[0], memory[5], memory[6]
+    records, _, _, spare, counters = memory
     used = _get64(counters, RECORDS_USED)
     _set64(counters, RECORDS_USED, used + 1)
     block = _get32(spare, used * 4)
@@ -249,9 +256,9 @@ def _new_record(memory: tuple[int, ...], address: int, size: int, state: int) ->
 
 @_inlined
 def _drop_record(memory: tuple[int, ...], block: int) -> None:
-    used = _get64(memory[6], RECORDS_USED) - 1
-    _set64(memory[6], RECORDS_USED, used)
-    _set32(memory[5], used * 4, block)
+    used = _get64(memory[4], RECORDS_USED) - 1
+    _set64(memory[4], RECORDS_USED, used)
+    _set32(memory[3], used * 4, block)
 
 
 @_inlined
@@ -302,7 +309,7 @@ def _melt(memory: tuple[int, ...], block: int, state: int) -> int:
 @_inlined
 def _free(memory: tuple[int, ...], block: int) -> int:
     """Free a live block; returns its owner, or NONE where it is not live."""
-    records, counters = memory[0], memory[6]
+    records, counters = memory[0], memory[4]
     state = _get32(records, block + STATE)
     if state & (IDLE | UNMAPPED):
         return NONE
@@ -338,7 +345,7 @@ def _next_address(counters: int, size: int) -> int:
 @_compiled
 def _grow(memory: tuple[int, ...], growth: int, state: int, size: int) -> bool:
     """Count ``size`` units from the driver, if it has them."""
-    counters = memory[6]
+    counters = memory[4]
     if _get64(counters, RESERVED) + size > _get64(counters, CAPACITY):
         return False
     _set64(counters, RESERVED, _get64(counters, RESERVED) + size)
@@ -357,7 +364,7 @@ def _grow(memory: tuple[int, ...], growth: int, state: int, size: int) -> bool:
 
 @_compiled
 def _shrink(memory: tuple[int, ...], state: int, size: int) -> None:
-    counters = memory[6]
+    counters = memory[4]
     _set64(counters, RESERVED, _get64(counters, RESERVED) - size)
     if not state & LARGE:
         _set64(counters, RESERVED_SMALL, _get64(counters, RESERVED_SMALL) - size)
@@ -392,7 +399,7 @@ def _map(memory: tuple[int, ...], growth: int, hole: int, size: int) -> int:
 @_compiled
 def _expand(memory: tuple[int, ...], growth: int, size: int, large: int) -> int:
     """Map what an expandable segment lacks for a request; returns the idle block, or NONE without memory."""
-    records, counters = memory[0], memory[6]
+    records, counters = memory[0], memory[4]
     space = SPACE_LARGE if large else SPACE_SMALL
     if _get64(counters, space) == NONE:
         address = _next_address(counters, EXPANDABLE_SPACE)
@@ -428,7 +435,7 @@ def _expand(memory: tuple[int, ...], growth: int, size: int, large: int) -> int:
 @_compiled
 def _ask_driver(memory: tuple[int, ...], growth: int, size: int, large: int) -> int:
     """Return an idle, listed block from the driver, or NONE without memory."""
-    counters = memory[6]
+    counters = memory[4]
     if _get64(counters, EXPANDABLE):
         return _expand(memory, growth, size, large)
     n_units = _segment_size(counters, size)
@@ -451,7 +458,7 @@ def _release(memory: tuple[int, ...], block: int) -> None:
 @_compiled
 def _unmap(memory: tuple[int, ...], block: int) -> None:
     """Give the whole pages of an idle block of an expandable segment back to the driver."""
-    records, counters = memory[0], memory[6]
+    records, counters = memory[0], memory[4]
     state, size = _get32(records, block + STATE), _get32(records, block + SIZE)
     page = _page(counters, state)
     base = _get32(records, _get64(counters, SPACE_LARGE if state & LARGE else SPACE_SMALL) + ADDRESS)
@@ -478,7 +485,7 @@ def _unmap(memory: tuple[int, ...], block: int) -> None:
 
 @_compiled
 def _empty_cache(memory: tuple[int, ...]) -> None:
-    records, lists, _, _, keys_large, _, counters = memory
+    records, counters = memory[0], memory[4]
     if _get64(counters, EXPANDABLE):
         for space in (SPACE_LARGE, SPACE_SMALL):
             block = _get64(counters, space)
@@ -487,13 +494,13 @@ def _empty_cache(memory: tuple[int, ...]) -> None:
                     _unmap(memory, block)
                 block = _get32(records, block + NEXT)
         return
-    i = _get64(counters, LISTED_LARGE) - 1
-    while i >= 0:
-        block = _get64(keys_large, i * 16 + 8)
+    block = _similar_find(memory, 1, LARGE)
+    while block >= 0:
+        after = _similar_after(memory, block, LARGE)
         if _get32(records, block + PREV) < 0 and _get32(records, block + NEXT) < 0:
             _release(memory, block)
-        i -= 1
-    block = _get32(lists, (SMALL_SEGMENT - 1) * 4)
+        block = after
+    block = _get32(memory[1], (SMALL_SEGMENT - 1) * 4)
     while block >= 0:  # an idle block of the small pool that is as large as a segment is one
         after = _get32(records, block + LIST_NEXT)
         _release(memory, block)
@@ -503,25 +510,24 @@ def _empty_cache(memory: tuple[int, ...]) -> None:
 @_compiled
 def _release_for(memory: tuple[int, ...], size: int, large: int) -> bool:
     """Release oversize blocks for a request of the large pool, if splitting is limited; says whether they suffice."""
-    keys, counters = memory[4], memory[6]
+    records, counters = memory[0], memory[4]
     limit = _get64(counters, MAX_SPLIT)
-    count = _get64(counters, LISTED_LARGE)
     if not large or limit == NO_LIMIT or _get64(counters, EXPANDABLE):
         return False
     wanted = max(size, limit)
-    i = _keys_find(keys, count, (wanted << 32) - (1 << 31))
-    if i < count:
-        _release(memory, _get64(keys, i * 16 + 8))
-        return True
-    have, i = 0, count - 1
-    while i >= 0 and have < wanted:
-        block = _get64(keys, i * 16 + 8)
-        n_units = _get32(memory[0], block + SIZE)
-        if n_units < limit:
-            break
+    block = _similar_find(memory, wanted, large)
+    if block >= 0:
         _release(memory, block)
-        have += n_units
-        i -= 1
+        return True
+    have = 0
+    while have < wanted:  # the largest first
+        largest, block = NONE, _similar_find(memory, limit, large)
+        while block >= 0:
+            largest, block = block, _similar_after(memory, block, large)
+        if largest < 0:
+            break
+        have += _get32(records, largest + SIZE)
+        _release(memory, largest)
     return have >= wanted
 
 
@@ -549,20 +555,17 @@ def _room(records: int, block: int) -> int:
 
 
 @_inlined
-def _keys_best(memory: tuple[int, ...], size: int, large: int) -> int:
-    """Return the best fit of a pool with a sorted array, or NONE."""
-    records, counters = memory[0], memory[6]
-    keys = memory[4] if large else memory[3]
-    count = _get64(counters, LISTED_LARGE if large else LISTED_SMALL)
-    i = _keys_find(keys, count, (size << 32) - (1 << 31))
-    if i >= count:
+def _best_fit(memory: tuple[int, ...], size: int, large: int) -> int:
+    """Return the block for a request of the large pool or an expandable segment, or NONE."""
+    records, counters = memory[0], memory[4]
+    block = _similar_find(memory, size, large)
+    if block < 0:
         return NONE
-    block = _get64(keys, i * 16 + 8)
     if _get64(counters, EXPANDABLE):
         # The last block of a growing segment counts with the room it can grow into, so others come first.
-        while i + 1 < count and _room(records, _get64(keys, i * 16 + 24)) < _room(records, block):
-            i += 1
-            block = _get64(keys, i * 16 + 8)
+        after = _similar_after(memory, block, large)
+        while after >= 0 and _room(records, after) < _room(records, block):
+            block, after = after, _similar_after(memory, after, large)
     limit, found = _get64(counters, MAX_SPLIT), _get32(records, block + SIZE)
     if size < limit:
         return NONE if found >= limit else block
@@ -572,21 +575,23 @@ def _keys_best(memory: tuple[int, ...], size: int, large: int) -> int:
 @_inlined
 def _malloc(memory: tuple[int, ...], growth: int, size: int, owner: int) -> int:
     """Give ``size`` units a block; returns NONE when out of memory."""
-    records, lists, bitmap, _, _, _, counters = memory
+    records, lists, bitmaps, _, counters = memory
     if size <= SMALL_LIMIT and not _get64(counters, EXPANDABLE):
-        block = _list_find(lists, bitmap, size)
+        which = _next_class(bitmaps, size - 1)
+        block = _get32(lists, which * 4) if which >= 0 else NONE
         if block < 0:
             block = _from_driver(memory, growth, size, 0)
             if block < 0:
                 return NONE
-        _list_remove(records, lists, bitmap, block)
-        if _get32(records, block + SIZE) > size:
-            _list_add(records, lists, bitmap, _cut(memory, block, size, IDLE))
+        found = _get32(records, block + SIZE)
+        _list_remove(records, lists, bitmaps, found - 1, block)
+        if found > size:
+            _list_add(records, lists, bitmaps, found - size - 1, _cut(memory, block, size, IDLE))
         _set32(records, block + STATE, owner << OWNER_SHIFT)
         _set64(counters, ALLOCATED_SMALL, _get64(counters, ALLOCATED_SMALL) + size)
     else:
         large = LARGE if size > SMALL_LIMIT else 0
-        block = _keys_best(memory, size, large)
+        block = _best_fit(memory, size, large)
         if block < 0:
             block = _from_driver(memory, growth, size, large)
             if block < 0:
@@ -657,7 +662,7 @@ def replay_rows(
 
     ``codes``: an int32 an event, see glmlab.memory.replay; ``ring``: slots of the last four rows; ``out``: (rows, 8).
     """
-    records, counters = memory[0], memory[6]
+    records, counters = memory[0], memory[4]
     lane_size = len(first)
     rows = len(schedule)
     for row in range(begin_row, rows):

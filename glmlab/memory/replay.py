@@ -176,9 +176,8 @@ class StepReplayer:
         n_records = 1 << 11
         self._records = np.zeros(n_records * k.RECORD_BYTES // 4, np.int32)
         self._spare = np.arange(0, n_records * k.RECORD_BYTES, k.RECORD_BYTES, dtype=np.int32)
-        self._lists = np.full(k.SMALL_SEGMENT, k.NONE, np.int32)
-        self._bitmap = np.zeros(65, np.int64)
-        self._keys = np.zeros((2, n_records, 2), np.int64)
+        self._lists = np.full(k.LIST_COUNT, k.NONE, np.int32)
+        self._bitmaps = np.zeros(k.WORD_COUNT, np.int64)
         self._growth = np.zeros((1 << 12, 4), np.int64)
         self._counters = np.zeros(k.COUNTERS, np.int64)
         settings = self.settings
@@ -231,21 +230,18 @@ class StepReplayer:
         self._owners = np.zeros(len(program.owners), np.int64)
 
     def _memory(self) -> tuple[int, ...]:
-        arrays = (self._records, self._lists, self._bitmap, self._keys[0], self._keys[1], self._spare, self._counters)
+        arrays = (self._records, self._lists, self._bitmaps, self._spare, self._counters)
         return tuple(int(array.ctypes.data) for array in arrays)
 
     def _counter(self, offset: int) -> int:
         return int(self._counters[offset // 8])
 
     def _make_room(self) -> None:
-        """Double what may be full: records with their keys, and the list of growths."""
+        """Double what may be full: the records and the list of growths."""
         old = len(self._spare)
         self._records = np.concatenate([self._records, np.zeros_like(self._records)])
         more = np.arange(old * k.RECORD_BYTES, 2 * old * k.RECORD_BYTES, k.RECORD_BYTES, dtype=np.int32)
         self._spare = np.concatenate([self._spare, more])
-        keys = np.zeros((2, 2 * old, 2), np.int64)
-        keys[:, :old] = self._keys
-        self._keys = keys
         self._growth = np.concatenate([self._growth, np.zeros_like(self._growth)])
         self._counters[k.RECORD_CAPACITY // 8] = 2 * old
         self._counters[k.GROWTH_CAPACITY // 8] = len(self._growth)
