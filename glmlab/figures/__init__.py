@@ -1,7 +1,7 @@
 """Figures: pure functions from data to matplotlib Figures.
 
-Nothing here knows of GPUs or models, and nothing imports torch. What was measured is drawn as dots, what was forecast as
-a solid line, what others reported as hollow markers; a memory component has the same colour in every figure.
+Nothing here knows of GPUs or models, and nothing imports torch. What was measured is drawn as dots, what was forecast
+as a solid line, what others reported as hollow markers; a memory component has the same colour in every figure.
 """
 
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
