@@ -23,6 +23,7 @@ notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in f
 
 refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
 	$(BIN)/glmlab notebooks --in-place
+	cp figures/memory_vs_context.png data/figures/
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
