@@ -54,12 +54,17 @@ DONE, NEEDS_ROOM, OUT_OF_MEMORY, BAD_FREE = range(4)
 
 
 def _compiled(function: F) -> F:
-    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)
+    compiled: F = numba.njit(error_model="numpy", boundscheck=False)(function)
     return compiled
 
 
 def _inlined(function: F) -> F:
-    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False, forceinline=True)(function)
+    compiled: F = numba.njit(error_model="numpy", boundscheck=False, forceinline=True)(function)
+    return compiled
+
+
+def _entry(function: F) -> F:
+    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)  # the cache holds all it calls
     return compiled
 
 
@@ -576,11 +581,12 @@ def _best_fit(memory: tuple[int, ...], size: int, large: int) -> int:
 def _malloc(memory: tuple[int, ...], growth: int, size: int, owner: int) -> int:
     """Give ``size`` units a block; returns NONE when out of memory."""
     records, lists, bitmaps, _, counters = memory
+    large = LARGE if size > SMALL_LIMIT else 0
     if size <= SMALL_LIMIT and not _get64(counters, EXPANDABLE):
         which = _next_class(bitmaps, size - 1)
         block = _get32(lists, which * 4) if which >= 0 else NONE
         if block < 0:
-            block = _from_driver(memory, growth, size, 0)
+            block = _from_driver(memory, growth, size, large)
             if block < 0:
                 return NONE
         found = _get32(records, block + SIZE)
@@ -590,7 +596,6 @@ def _malloc(memory: tuple[int, ...], growth: int, size: int, owner: int) -> int:
         _set32(records, block + STATE, owner << OWNER_SHIFT)
         _set64(counters, ALLOCATED_SMALL, _get64(counters, ALLOCATED_SMALL) + size)
     else:
-        large = LARGE if size > SMALL_LIMIT else 0
         block = _best_fit(memory, size, large)
         if block < 0:
             block = _from_driver(memory, growth, size, large)
@@ -632,7 +637,7 @@ def _round_units(n_bytes: int, divisions: Any) -> int:
     return (n_bytes + 511) >> 9
 
 
-@_compiled
+@_entry
 def replay_rows(
     memory: tuple[int, ...],
     growth: int,
@@ -675,9 +680,10 @@ def replay_rows(
         is_first = turn != _get64(counters, TURN)
         if is_first:
             _set64(counters, TURN, turn)
-            carried[:] = next_carried
-            next_carried[:] = NONE
-            first[:] = NONE
+            for i in range(len(carried)):
+                carried[i], next_carried[i] = next_carried[i], NONE
+            for i in range(len(first)):
+                first[i] = NONE
         for i in range(uses_start[section], uses_start[section + 1]):
             k = uses[i]
             n_bytes = (
@@ -746,7 +752,8 @@ def replay_rows(
                 after = schedule[row + 1, 1]
                 is_last = carried_start[after + 1] == carried_start[after]
             if is_last:
-                next_carried[:] = NONE
+                for i in range(len(next_carried)):
+                    next_carried[i] = NONE
                 for i in range(count):
                     next_carried[i] = _get32(ring, (lane + carried_slots[carried_start[section] + i]) * 4)
         small = _get64(counters, ALLOCATED_SMALL)
