@@ -93,15 +93,16 @@ def _gpus() -> list[Finding]:
 
 
 def _fonts() -> Finding:
-    from matplotlib import font_manager
+    """The font in which figures draw Chinese: bundled, so that it is asked to draw rather than looked for."""
+    from matplotlib import font_manager, ft2font
 
-    cjk = sorted(
-        {
-            font.name
-            for font in font_manager.fontManager.ttflist
-            if font.name.startswith(("Noto Sans CJK", "Noto Sans SC"))
-        }
-    )
-    return Finding(
-        "CJK font", cjk[0] if cjk else "none", True, "" if cjk else "Figures are labelled in English anyway."
-    )
+    from glmlab.figures.style import CJK_FAMILY
+
+    try:
+        path = font_manager.findfont(CJK_FAMILY, fallback_to_default=False)
+        characters = len(ft2font.FT2Font(path).get_charmap())
+    except (ValueError, OSError, RuntimeError) as error:
+        return Finding(
+            "CJK font", f"none ({error})", False, "Figures cannot draw Chinese. Install glmlab from a full checkout."
+        )
+    return Finding("CJK font", f"{CJK_FAMILY} (bundled), {characters:,} characters; emoji are drawn as U+1F44B")

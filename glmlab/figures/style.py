@@ -11,9 +11,11 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 
 from glmlab.errors import GlmlabError
+from glmlab.resources import data_path
 
 COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindness and in greyscale by its order
     "used": "#000000",
@@ -31,7 +33,27 @@ COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindne
 }
 """Colour of every memory component, the same everywhere."""
 
+CJK_FAMILY = "Noto Sans SC Subset"
+"""Family of the bundled font, in which figures draw Chinese; data/fonts says what it covers."""
+
+
+def register_cjk_font() -> Path:
+    """Make the bundled font known to matplotlib, once; returns its file.
+
+    Example:
+        >>> register_cjk_font().name
+        'NotoSansSC-subset.ttf'
+    """
+    path = data_path("fonts", "NotoSansSC-subset.ttf")
+    if not any(font.name == CJK_FAMILY for font in font_manager.fontManager.ttflist):
+        font_manager.fontManager.addfont(path)
+    return path
+
+
+register_cjk_font()
+
 STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans", CJK_FAMILY],  # the second draws what the first has no glyph for
     "font.size": 9.0,
     "axes.titlesize": 9.0,
     "axes.labelsize": 9.0,
