@@ -13,6 +13,7 @@ from glmlab.errors import GlmlabError
 
 if TYPE_CHECKING:
     from glmlab.generation.chat import ChatSession
+    from glmlab.memory.curve import Curve
     from glmlab.memory.recording import Recorder
     from glmlab.models.loading import LoadedModel
 
@@ -103,6 +104,113 @@ def record(
     loaded = _load(model, precision, device, weights)
     curve = run(loaded, turns, out, every_token=every_token, resume=resume)
     typer.echo(f"{out}: {len(curve.table)} rows, up to {curve.table['context_tokens'].max():.0f} tokens")
+
+
+@app.command()
+def forecast(
+    model: Annotated[str | None, typer.Argument(help="hub id, folder or config.json")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="forecast a recorded trace of data/traces instead of a model")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8 or int4")] = "fp16",
+    attention: Annotated[str, typer.Option(help="sdpa or eager")] = "sdpa",
+    cache: Annotated[str, typer.Option(help="dynamic or static")] = "dynamic",
+    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="context length to reach in one turn")] = None,
+    turns: Annotated[
+        str | None, typer.Option(help="prompt:generated tokens of every turn, such as 30:500,30:500")
+    ] = None,
+    card: Annotated[str, typer.Option(help="a GPU of data/gpus.csv, such as 'RTX 4060': its memory ends the run")] = "",
+    csv: Annotated[Path | None, typer.Option(help="write one row a step, with a column per component")] = None,
+    figure: Annotated[Path | None, typer.Option(help="draw it by component (.pdf, .svg or .png)")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="list every rise and plateau with its reason")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print the last step and the explanation's rises as JSON")
+    ] = False,
+) -> None:
+    """Say without a GPU what gpustat would show at every context length, by component."""
+    from glmlab.memory.explanation import explain as explained
+    from glmlab.memory.forecast import forecast as run
+    from glmlab.memory.forecast import largest_context, summary
+    from glmlab.memory.workload import Workload, WorkloadError
+
+    if (model is None) == (trace is None):
+        raise WorkloadError(
+            "give either a model or --trace NAME, such as: glmlab forecast chatglm3-6b --precision int4"
+        )
+    if trace is not None:
+        workload = Workload.recorded(trace, turns=turns, tokens=tokens, card=card)
+    else:
+        workload = Workload.of(
+            str(model),
+            turns=turns,
+            tokens=tokens,
+            precision=precision,
+            attention=attention,
+            cache=cache,
+            batch=batch,
+            card=card,
+        )
+    curve = run(workload)
+    if csv:
+        curve.save(csv)
+    if figure:
+        _save_one_figure(curve, figure)
+    if as_json:
+        _print_json({**curve.table.iloc[-1].to_dict(), "provenance": dict(curve.provenance)})
+        return
+    typer.echo("\n".join(summary(curve)))
+    if explain:
+        typer.echo(str(explained(curve)))
+    if card:
+        typer.echo(f"longest context: {largest_context(workload, card)}")
+
+
+def _save_one_figure(curve: "Curve", path: Path) -> None:
+    from glmlab.figures import component_chart, save_figure
+
+    save_figure(
+        component_chart(curve),
+        path.with_suffix(""),
+        data=curve.table,
+        provenance=curve.provenance,
+        formats=[path.suffix.removeprefix(".")],
+    )
+
+
+def _print_json(document: object) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=str))
+
+
+@app.command()
+def replay(
+    snapshot: Annotated[Path, typer.Argument(help="a file of torch.cuda.memory._dump_snapshot, recorded with history")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
+) -> None:
+    """Replay a real GPU's memory snapshot, and compare every choice of the allocator with PyTorch's."""
+    from glmlab.memory.snapshots import read_snapshot, replay_snapshot
+
+    report = replay_snapshot(read_snapshot(snapshot))
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        typer.echo(str(report))
+
+
+@app.command()
+def compare(
+    recordings: Annotated[list[Path] | None, typer.Argument(help=".csv files of recordings")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="a log of lines 'characters, MiB', as the chapter's script wrote")
+    ] = None,
+) -> None:
+    """Lay the forecast over recordings, and say how far it is off."""
+    from glmlab.memory.comparison import compare as run
+
+    for comparison in run(recordings or [], log=log):
+        typer.echo(str(comparison))
 
 
 @app.command()

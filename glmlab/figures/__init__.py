@@ -4,6 +4,7 @@ Nothing here knows of GPUs or models, and nothing imports torch. What was measur
 as a solid line, what others reported as hollow markers; a memory component has the same colour in every figure.
 """
 
+from glmlab.figures.forecast import component_chart, components, pool_map
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
 from glmlab.figures.style import COLORS, FORMATS, STYLE, FigureError, SuiteFigure, save_figure
 
@@ -13,8 +14,11 @@ __all__ = [
     "STYLE",
     "FigureError",
     "SuiteFigure",
+    "component_chart",
+    "components",
     "curves_table",
     "memory_column",
     "memory_curve",
+    "pool_map",
     "save_figure",
 ]
