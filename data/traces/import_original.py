@@ -25,6 +25,7 @@ OWNER_OF_WORD = {  # a word of a loaded tensor's label -> its owner, the first t
 
 
 def main(recorded_file: Path) -> Path:
+    """Convert the recording; return the file that was written."""
     with np.load(recorded_file, allow_pickle=False) as recorded:
         sections = recorded["segments"].tolist()
         starts = recorded["seg_start"].astype(np.int64)
@@ -57,7 +58,7 @@ def main(recorded_file: Path) -> Path:
         kv_bytes_per_token=28672,
         context_limit=8192,
         later_prompt_min=2,
-        description="original modelling and quantisation code of December 2023, .quantize(bits=4, device='cuda').cuda(), "
+        description="modelling and quantisation code of December 2023, .quantize(bits=4, device='cuda').cuda(), "
         "stream_chat turns that pass past_key_values on, top-p 0.8, temperature 0.8; recorded on the meta device",
         workload={"attention": "sdpa", "cache": "tuple of tensors, concatenated", "batch": 1},
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
@@ -66,7 +67,7 @@ def main(recorded_file: Path) -> Path:
             "fused-attention": "output and logsumexp; no scratch, no mask padding",
         },
     )
-    pairs = [tuple((label.split(" | ") + [""])[:2]) for label in labels]
+    pairs = [tuple([*label.split(" | "), ""][:2]) for label in labels]
     trace = AllocationTrace(program, facts, pairs, np.where(is_allocation, label_of_event, -1), layer_of_event)
     return trace.save(Path(__file__).parent / f"{NAME}.npz")
 

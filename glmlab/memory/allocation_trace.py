@@ -1,18 +1,18 @@
 """An allocation trace: every allocation and free of a model's run, free in its turns, and its file.
 
 A trace is an :class:`~glmlab.memory.events.EventProgram` whose sections have fixed names, with a label for every
-allocation (operation, module path, layer) and a few facts about the model. It knows no turns: :meth:`AllocationTrace.schedule`
-lays any conversation out over the sections.
+allocation (operation, module path, layer) and a few facts about the model. It knows no turns:
+:meth:`AllocationTrace.schedule` lays any conversation out over the sections.
 
 Sections
-    ``load``; then for the first turn ``first.prefill``, ``first.step2``, ``first.step3`` and for later turns ``later.*``;
-    ``steady`` for every step from the fourth on; ``first.end`` and ``later.end`` for what is freed when a turn ends
-    (``.end1`` and ``.end2`` for turns of one or two steps).
+    ``load``; then for the first turn ``first.prefill``, ``first.step2``, ``first.step3`` and for later turns
+    ``later.*``; ``steady`` for every step from the fourth on; ``first.end`` and ``later.end`` for what is freed when
+    a turn ends (``.end1`` and ``.end2`` for turns of one or two steps).
 
 Steps
-    A turn of p prompt tokens and a generated tokens is a steps: the prefill reads p tokens and gives the first token, every
-    decode step reads one more. The last token is not fed: a turn that starts with L0 cached tokens leaves L0 + p + a - 1.
-    Step i (from 0) has n = p + i tokens of this turn and L = L0 + p + i tokens of context.
+    A turn of p prompt tokens and a generated tokens is a steps: the prefill reads p tokens and gives the first token,
+    every decode step reads one more. The last token is not fed: a turn that starts with L0 cached tokens leaves L0 +
+    p + a - 1. Step i (from 0) has n = p + i tokens of this turn and L = L0 + p + i tokens of context.
 
 Owners
     What the bytes of an allocation are for, one of :data:`OWNERS`.
@@ -52,6 +52,9 @@ OWNERS = (
     "kept_outputs",
 )
 """What allocated bytes are for. Every trace has these owners in this order."""
+
+WARM_UP = "loader's warm-up block"
+"""Operation of the block that transformers asks for before it loads the first tensor."""
 
 STEP_NAMES = ("prefill", "step2", "step3")
 STEADY = "steady"
@@ -205,7 +208,8 @@ class AllocationTrace:
             least = self.facts.first_prompt_min if number == 1 else self.facts.later_prompt_min
             if prompt < least:
                 raise TraceError(
-                    f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens there. "
+                    f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens "
+                    "there. "
                     "A chat message is never shorter; give more prompt tokens."
                 )
 
@@ -218,7 +222,7 @@ def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
     """
     source = Path(path)
     try:
-        with np.load(source, allow_pickle=False) as archive:
+        with source.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         if int(arrays["format"]) != FORMAT:
             raise TraceError(
@@ -272,7 +276,8 @@ def allocations(program: EventProgram, section: str) -> npt.NDArray[np.int64]:
     """Event numbers (into ``program.events``) of a section's allocations, by slot."""
     number = program.section(section)
     start, end = program.section_start[number], program.section_start[number + 1]
-    return start + np.flatnonzero(program.events[start:end, 0] == ALLOCATE)
+    found: npt.NDArray[np.int64] = start + np.flatnonzero(program.events[start:end, 0] == ALLOCATE)
+    return found
 
 
 def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

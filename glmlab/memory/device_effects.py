@@ -1,8 +1,8 @@
 """What the meta device cannot show of a CUDA device: one table, each entry with its source and its size.
 
 The meta device runs PyTorch's operations by shape alone. A GPU differs where a kernel allocates memory of its own, or
-where one kernel does what the meta device does in several operations. :data:`EFFECTS` lists what is modelled (each entry
-can be switched off by name) and :data:`NOT_MODELLED` what is left out, with an upper bound.
+where one kernel does what the meta device does in several operations. :data:`EFFECTS` lists what is modelled (each
+entry can be switched off by name) and :data:`NOT_MODELLED` what is left out, with an upper bound.
 """
 
 from dataclasses import dataclass
@@ -31,17 +31,20 @@ EFFECTS: dict[str, Effect] = {
     "cublas-workspace": Effect(
         "the first matrix product takes cuBLAS's workspace and keeps it; cuBLASLt shares it",
         "8,519,680 B (4096 KiB x 2 + 16 KiB x 8); 32 MiB on Hopper and Blackwell",
-        "aten/src/ATen/cuda/CublasHandlePool.cpp, default workspace; torch/backends/cuda/__init__.py, blas_workspace_size",
+        "aten/src/ATen/cuda/CublasHandlePool.cpp, default workspace; torch/backends/cuda/__init__.py, "
+        "blas_workspace_size",
     ),
     "fused-attention": Effect(
-        "scaled_dot_product_attention is one kernel: it writes its output (and, as flash attention, the logsumexp) and no "
+        "scaled_dot_product_attention is one kernel: it writes its output (and, as flash attention, the logsumexp) "
+        "and no "
         "matrix of scores; fp32, Volta and Turing with grouped heads fall back to the unfused form",
         "batch x heads x tokens x head_dim elements; logsumexp 4 B x batch x heads x tokens",
         "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (choice), attention.cu (outputs)",
     ),
     "attention-mask": Effect(
         "memory-efficient attention reads a mask of the query's dtype whose rows are padded to 16 columns",
-        "a bool mask becomes batch x tokens x context elements; the padded copy is counted at its most: 15 columns more",
+        "a bool mask becomes batch x tokens x context elements; the padded copy is counted at its most: 15 columns "
+        "more",
         "aten/src/ATen/native/transformers/attention.cpp, convert_boolean_attn_mask and pad_bias",
     ),
     "softmax-dtype": Effect(
@@ -50,13 +53,15 @@ EFFECTS: dict[str, Effect] = {
         "aten/src/ATen/native/SoftMax.cpp, softmax(input, dim, dtype)",
     ),
     "bnb-int8": Effect(
-        "bitsandbytes looks for outliers in a copy of the absolute values, and forms int32 products before it scales them; "
+        "bitsandbytes looks for outliers in a copy of the absolute values, and forms int32 products before it scales "
+        "them; "
         "no activation is taken for an outlier",
         "one activation in fp16 and one mask; 4 B a product",
         "bitsandbytes/backends/cuda/ops.py, int8_vectorwise_quant, int8_linear_matmul, int8_mm_dequant",
     ),
     "bnb-4bit-dequantise": Effect(
-        "a product of more than 256 rows dequantises the 4-bit weight first (below, a fused kernel reads it; the exact limit "
+        "a product of more than 256 rows dequantises the 4-bit weight first (below, a fused kernel reads it; the "
+        "exact limit "
         "depends on the GPU, 8 to 512 rows)",
         "the weight in the dtype of the computation",
         "bitsandbytes/backends/cuda/ops.py, gemm_4bit and _dequant_linear_fallback",
@@ -152,6 +157,8 @@ class DeviceRules:
         if backend == "math":
             return NotImplemented
         batch, heads, tokens, head_dim = query.shape
+        if heads % key.shape[1] or key.shape[0] != batch or key.shape[-1] != head_dim:
+            raise ValueError(f"attention of {heads} query heads of {head_dim} over {key.shape[1]} of {key.shape[-1]}")
         if backend == "efficient" and mask is not None and "attention-mask" not in self.without:
             mask = _efficient_mask(mask, query.dtype)
         output = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype, device=META)

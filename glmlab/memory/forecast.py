@@ -1,13 +1,15 @@
 """What a GPU would show for a workload, step by step and by component, without a GPU.
 
-A workload's trace says what is asked of the allocator, the replay says what the allocator takes from the driver, and the
-CUDA context comes on top. Every row of the table is a forward pass; row 0 is the state after loading. In every row
+A workload's trace says what is asked of the allocator, the replay says what the allocator takes from the driver, and
+the CUDA context comes on top. Every row of the table is a forward pass; row 0 is the state after loading. In every
+row
 
     used = weights + quantisation state + KV payload + KV copies + activations + slack (small, large) + CUDA context
 
-exactly. All but the context are counted at the step's busiest moment: ``activations`` is what the step has in flight then
-(cuBLAS's workspace included), ``kv_copies`` is what keys and values hold beyond the payload (copies that the generation loop
-keeps, rounding, the unfilled part of a static cache, kept outputs), and slack is what the allocator holds idle then.
+exactly. All but the context are counted at the step's busiest moment: ``activations`` is what the step has in flight
+then (cuBLAS's workspace included), ``kv_copies`` is what keys and values hold beyond the payload (copies that the
+generation loop keeps, rounding, the unfilled part of a static cache, kept outputs), and slack is what the allocator
+holds idle then.
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +77,6 @@ class Run:
     trace: AllocationTrace  # with the workload's empty_cache() events and the card's cap on the warm-up block
     schedule: Int64Array
     replay: Replay
-    reserved_small: Int64Array  # (rows,) bytes of the small pool's segments after the row
     context_mib: float
     context_source: str
     capacity_bytes: int | None
@@ -103,9 +104,9 @@ def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
 
     Returns:
         A Curve of kind "forecast". Columns: step, turn, context_tokens, allocated_mib, reserved_mib, used_mib,
-        peak_allocated_mib, :data:`COMPONENTS`, and idle_small_mib, idle_large_mib (idle after the step). Where the order of
-        addresses matters, used_min_mib and used_max_mib. Its provenance says what the CUDA context is, what was modelled,
-        and ``out_of_memory`` where the card was full.
+        peak_allocated_mib, :data:`COMPONENTS`, and idle_small_mib, idle_large_mib (idle after the step). Where the
+        order of addresses matters, used_min_mib and used_max_mib. Its provenance says what the CUDA context is, what
+        was modelled, and ``out_of_memory`` where the card was full.
 
     Raises:
         ForecastError: the turns pass the model's context limit.
@@ -135,7 +136,8 @@ def run_workload(workload: Workload, *, address_seed: int | None = None) -> Run:
     limit = trace.facts.context_limit
     if limit and workload.context_tokens > limit:
         raise ForecastError(
-            f"the turns reach {workload.context_tokens:,} tokens, but {trace.facts.model} is made for {limit:,} (its config's "
+            f"the turns reach {workload.context_tokens:,} tokens, but {trace.facts.model} is made for {limit:,} (its "
+            "config's "
             "max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
         )
     context_mib, context_source = cuda_context(workload)
@@ -143,8 +145,7 @@ def run_workload(workload: Workload, *, address_seed: int | None = None) -> Run:
     trace = _with_settings(trace, workload, capacity_bytes)
     schedule = trace.schedule(workload.turns)
     replay = _replayer(trace.program, capacity_bytes, context_mib, address_seed).run(schedule)
-    reserved_small = _reserved_small(trace.program, schedule, replay, capacity_bytes, context_mib, address_seed)
-    return Run(workload, trace, schedule, replay, reserved_small, context_mib, context_source, capacity_bytes)
+    return Run(workload, trace, schedule, replay, context_mib, context_source, capacity_bytes)
 
 
 def cuda_context(workload: Workload) -> tuple[float, str]:
@@ -236,32 +237,6 @@ def _replayer(
     )
 
 
-def _reserved_small(
-    program: EventProgram,
-    schedule: Int64Array,
-    replay: Replay,
-    capacity_bytes: int | None,
-    context_mib: float,
-    address_seed: int | None,
-) -> Int64Array:
-    """Bytes of the small pool's segments after every row: what it took, less what went back to the driver."""
-    taken = np.zeros((2, replay.rows), np.int64)
-    growth = replay.growth[replay.growth[:, 0] < replay.rows]
-    np.add.at(taken, (growth[:, 3], growth[:, 0]), growth[:, 2])
-    released = np.diff(replay.reserved, prepend=0) - taken.sum(axis=0)  # 0, or below where segments went back
-    small = np.cumsum(taken[0])
-    if not released.any():
-        return small
-    replayer = _replayer(program, capacity_bytes, context_mib, address_seed)
-    done = 0
-    for row in np.flatnonzero(released).tolist():
-        replayer.run(schedule[done : row + 1])
-        done = row + 1
-        now = sum(segment.size for segment in replayer.segments() if segment.pool == "small")
-        small[row:] += now - small[row]
-    return small
-
-
 def _table(run: Run) -> pd.DataFrame:
     rows, replay, facts = run.rows, run.replay, run.trace.facts
     turns = run.schedule[rows, 0]
@@ -271,7 +246,7 @@ def _table(run: Run) -> pd.DataFrame:
     kept = by_owner["kv_cache"] + by_owner["kept_outputs"]
     state = sum(by_owner[owner] for owner in WEIGHTS) + by_owner["quantisation_state"] + kept
     peak, peak_small = replay.peak_allocated[rows], replay.peak_allocated_small[rows]
-    small = run.reserved_small[rows]
+    small = replay.reserved_small[rows]
     # loading ends with nothing in flight; its peak is over
     peak = np.where(turns == 0, replay.allocated[rows], peak)
     peak_small = np.where(turns == 0, small - replay.free_small[rows], peak_small)
@@ -367,7 +342,8 @@ def summary(curve: Curve) -> list[str]:
         f"after loading    {first['used_mib']:10,.1f} MiB used, {first['reserved_mib']:10,.1f} reserved, "
         f"{first['allocated_mib']:10,.1f} allocated",
         f"{int(last['context_tokens']):,} tokens".ljust(16)
-        + f" {last['used_mib']:10,.1f} MiB used, {last['reserved_mib']:10,.1f} reserved, {last['allocated_mib']:10,.1f} allocated",
+        + f" {last['used_mib']:10,.1f} MiB used, {last['reserved_mib']:10,.1f} reserved, "
+        f"{last['allocated_mib']:10,.1f} allocated",
     ]
     lines += [f"    {name.removesuffix('_mib').replace('_', ' '):24} {last[name]:10,.2f} MiB" for name in COMPONENTS]
     if "used_min_mib" in table:

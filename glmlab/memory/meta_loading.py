@@ -19,12 +19,11 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from glmlab.memory.allocation_trace import TraceError
+from glmlab.memory.allocation_trace import WARM_UP, TraceError
 from glmlab.memory.recorder import META, Recorder
 from glmlab.models.loading import _quantization_config
 from glmlab.models.sizes import BLOCK_4BIT, FLOAT_PRECISIONS, component_of, quantized_linears
 
-WARM_UP = "loader's warm-up block"
 OWNER_OF_COMPONENT = {
     "attention": "weights_attention",
     "MLP": "weights_mlp",
@@ -86,7 +85,10 @@ def load_on_meta(recorder: Recorder, model: Any, precision: str, stored_dtype: t
         info, _ = convert_and_load_state_dict_in_model(model, stored, load_config, None)
     failed = {*info.conversion_errors, *info.mismatched_keys}
     if failed:
-        raise TraceError(f"transformers could not load these tensors: {', '.join(sorted(map(str, failed))[:3])}: {next(iter(info.conversion_errors.values()), 'wrong shapes')[-300:]}.")
+        raise TraceError(
+            f"transformers could not load these tensors: {', '.join(sorted(map(str, failed))[:3])}: "
+            f"{next(iter(info.conversion_errors.values()), 'wrong shapes')[-300:]}."
+        )
     for name, buffer in model.named_buffers():
         owner, _, key = name.rpartition(".")
         model.get_submodule(owner).register_buffer(key, torch.empty_like(buffer, device=META), persistent=False)
@@ -119,7 +121,7 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
-    """transformers' quantiser with the model's linear layers replaced, or None."""
+    """The quantiser of transformers, with the model's linear layers replaced, or None."""
     settings = _quantization_config(precision, dtype)
     if settings is None:
         return None
@@ -127,7 +129,8 @@ def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
         for path, linear in quantized_linears(model):
             if linear.in_features % BLOCK_4BIT:
                 raise TraceError(
-                    f"int4 quantises blocks of {BLOCK_4BIT} weights, but {path} has {linear.in_features} inputs. Use int8."
+                    f"int4 quantises blocks of {BLOCK_4BIT} weights, but {path} has {linear.in_features} inputs. Use "
+                    "int8."
                 )
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model, device_map={"": META}, dtype=dtype)

@@ -1,9 +1,9 @@
 """Records what PyTorch would allocate on a CUDA device, with the meta device in its place.
 
-Two modes watch the code that runs: :class:`_Storages` sees every operation and takes a new storage for an allocation and
-its death for a free; :class:`_CudaOnMeta` sends what is meant for "cuda" to "meta" and hands operations to
-:mod:`glmlab.memory.device_effects` where the meta device would tell another story than a GPU. Meta tensors have shapes
-and no data, so a model of any size runs in a few megabytes.
+Two modes watch the code that runs: :class:`_Storages` sees every operation and takes a new storage for an allocation
+and its death for a free; :class:`_CudaOnMeta` sends what is meant for "cuda" to "meta" and hands operations to
+:mod:`glmlab.memory.device_effects` where the meta device would tell another story than a GPU. Meta tensors have
+shapes and no data, so a model of any size runs in a few megabytes.
 
 A record is a list of rows (loading, a step, the end of a turn), each a list of events in order.
 """
@@ -118,11 +118,11 @@ OperationRule = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """``rule(recorder, func, args, kwargs) -> result``; NotImplemented leaves the operation to PyTorch."""
 
 
-class _Storages(TorchDispatchMode):
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every new storage on the device is an allocation."""
 
     def __init__(self, recorder: Recorder, rules: dict[Any, OperationRule]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder, self.rules = recorder, rules
         self.names: dict[Any, str] = {}
         self.is_fresh: dict[Any, bool] = {}

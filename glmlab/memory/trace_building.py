@@ -1,8 +1,8 @@
 """From recorded rows to an allocation trace: order held constant, sizes fitted and checked, frees told by age.
 
-Every section was recorded several times, at different lengths. All its rows must have the same events in the same order;
-each size must be an integer combination of ``[1, L, n, n * n, n * L]`` (as few of these as possible) that meets every row,
-with at least one row more than coefficients.
+Every section was recorded several times, at different lengths. All its rows must have the same events in the same
+order; each size must be an integer combination of ``[1, L, n, n * n, n * L]`` (as few of these as possible) that
+meets every row, with at least one row more than coefficients.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from glmlab.memory.allocation_trace import OWNERS, STEADY, AllocationTrace, TraceError, TraceFacts
+from glmlab.memory.allocation_trace import OWNERS, STEADY, WARM_UP, AllocationTrace, TraceError, TraceFacts
 from glmlab.memory.events import (
     ALLOCATE,
     FREE,
@@ -26,7 +26,6 @@ from glmlab.memory.events import (
 )
 from glmlab.memory.recorder import Recorder
 
-WARM_UP = "loader's warm-up block"
 _LAYER = re.compile(r"(\blayers\.)(\d+)\b")
 _BASES = ((0,), (0, 1), (0, 2), (0, 1, 2), (0, 2, 3), (0, 2, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4))
 """Columns of [1, L, n, n * n, n * L] that a size may follow, simplest first."""
@@ -165,7 +164,8 @@ def _canonical(recorder: Recorder, number: int, steps: Mapping[int, Step], owner
             mode, arg = FREE, target.slot
         else:
             raise TraceError(
-                f"{target.operation} in {target.module or 'the loop'} lives for {age} steps, longer than a trace can tell. "
+                f"{target.operation} in {target.module or 'the loop'} lives for {age} steps, longer than a trace can "
+                "tell. "
                 "Please report this."
             )
         events.append(_Event(mode, age, arg, ("", ""), -1))
@@ -190,12 +190,13 @@ def _check_order(name: str, rows: Sequence[_Row]) -> None:
         )
         raise TraceError(
             f"the order of events of {name!r} changes with the length of the context: event {i} is {one} at "
-            f"{rows[0].context} tokens and {other} at {row.context}. Such a model cannot be forecast. Please report this."
+            f"{rows[0].context} tokens and {other} at {row.context}. Such a model cannot be forecast. Please report "
+            "this."
         )
 
 
 def _fit_sections(sections: Mapping[str, Sequence[_Row]]) -> dict[str, Int64Array]:
-    """Coefficients of every allocation, (slots, 5) a section. Decode steps with the same requests are fitted together."""
+    """Coefficients of every allocation, (slots, 5) a section; decode steps with the same requests share their fit."""
     requests = {name: [e for e in rows[0].events if e.mode == ALLOCATE] for name, rows in sections.items()}
     decode = [name for name in sections if name == STEADY or ".step" in name]
     alike = [name for name in decode if [e[3:] for e in requests[name]] == [e[3:] for e in requests[STEADY]]]
@@ -240,7 +241,8 @@ def _fit(name: str, rows: Sequence[_Row], labels: Sequence[tuple[str, str]]) -> 
     points = ", ".join(f"{size} B at {row.context}" for size, row in zip(sizes[:, slot].tolist(), rows, strict=True))
     operation, module = labels[slot]
     raise TraceError(
-        f"{name}: {operation} in {module or 'the loop'} is not affine in the context length ({points} tokens). Such a model "
+        f"{name}: {operation} in {module or 'the loop'} is not affine in the context length ({points} tokens). Such "
+        "a model "
         "cannot be forecast. Please report this."
     )
 

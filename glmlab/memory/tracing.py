@@ -1,12 +1,12 @@
 """Every tensor that a run allocates and frees, from a config alone: the model's own code on the meta device.
 
-What runs is what a chat runs: the checkpoint's loading as transformers does it (:mod:`glmlab.memory.meta_loading`), then
-turns of :func:`glmlab.generation.decoding.decode_steps`, greedy, over one kept cache. Several short conversations are
-recorded; :mod:`glmlab.memory.trace_building` turns them into an :class:`AllocationTrace` that holds for any conversation,
-and refuses where sizes stop being affine in the context length or the order of events changes.
+What runs is what a chat runs: the checkpoint's loading as transformers does it (:mod:`glmlab.memory.meta_loading`),
+then turns of :func:`glmlab.generation.decoding.decode_steps`, greedy, over one kept cache. Several short
+conversations are recorded; :mod:`glmlab.memory.trace_building` turns them into an :class:`AllocationTrace` that holds
+for any conversation, and refuses where sizes stop being affine in the context length or the order of events changes.
 
-A trace depends on the config, on the workload's fields other than its turns, and on the code: it is cached by the content
-of all three, in ``$GLMLAB_CACHE`` or the user's cache folder.
+A trace depends on the config, on the workload's fields other than its turns, and on the code: it is cached by the
+content of all three, in ``$GLMLAB_CACHE`` or the user's cache folder.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -60,7 +60,7 @@ CONVERSATIONS = (
 
 LONGEST = max(sum(p + a - 1 for p, a in conversation) for conversation in CONVERSATIONS)
 MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
-"""Architectures whose traces the suite's tests run; another causal language model is traced all the same if it can be."""
+"""Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
 
 _CODE = (
     allocation_trace, chat, chatglm3, decoding, device_effects, loading, meta_loading, recorder, trace_building,
@@ -125,7 +125,8 @@ def _settings(workload: Workload) -> dict[str, Any]:
             )
         if static_tokens < LONGEST:
             raise WorkloadError(
-                f"a static cache of {static_tokens} tokens is shorter than the {LONGEST} tokens that tracing needs. Use "
+                f"a static cache of {static_tokens} tokens is shorter than the {LONGEST} tokens that tracing needs. "
+                "Use "
                 f"static_tokens={LONGEST} or more."
             )
     unknown = set(workload.without_effects) - set(EFFECTS)
@@ -175,7 +176,8 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
         raise
     except Exception as error:
         raise TraceError(
-            f"{workload.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its sizes "
+            f"{workload.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
+            "sizes "
             "(hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
         ) from error
     run = _Run(workload, settings, model, config, stored_dtype)
@@ -190,7 +192,8 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
             f"{', '.join(MODEL_TYPES)}."
         )  # fmt: skip
         raise TraceError(
-            f"{workload.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes in its "
+            f"{workload.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
+            "in its "
             "config.json."
         ) from error
 
@@ -198,23 +201,26 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """No garbage collection (it would free at moments of its own), no chatter of libraries about meta tensors."""
-    collecting = gc.isenabled()
+    collecting, has_bars = gc.isenabled(), transformers.utils.logging.is_progress_bar_enabled()
     gc.disable()
     logging.disable(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.disable(logging.NOTSET)
+        if has_bars:
+            transformers.utils.logging.enable_progress_bar()
         if collecting:
             gc.enable()
 
 
 @dataclass
 class _Scalars:
-    """Answers when the host asks for a value on the device: flags of the loop, and lengths that a static cache counts."""
+    """Answers when the host asks for a value on the device: the loop's flags, lengths that a static cache counts."""
 
     goes_on: bool = True
-    counted: dict[int, int] | None = None  # storage -> value
+    counted: dict[int, int] = field(default_factory=dict)  # allocation -> value
 
     def rules(self) -> dict[Any, OperationRule]:
         """Rules by ATen operation."""
@@ -229,10 +235,9 @@ class _Scalars:
         tensor = args[0]
         if tensor.device.type != "meta":
             return NotImplemented
-        counted = (self.counted or {}).get(tensor.untyped_storage()._cdata)
-        if counted is not None:
-            return counted
         number = recorder.number_of(tensor)
+        if number in self.counted:
+            return self.counted[number]
         operation = recorder.allocations[number].operation if number >= 0 else ""
         if tensor.dtype == torch.bool:  # "is anybody unfinished", "is the mask all ones"
             return self.goes_on if ".any" in operation else True
@@ -247,15 +252,16 @@ class _Scalars:
             return torch.zeros(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
         if tensor.device.type == "cpu" and device.type == "meta" and tensor.dim() == 0 and tensor.dtype == torch.int64:
             copied = func(*args, **kwargs)
-            self.counted = {**(self.counted or {}), copied.untyped_storage()._cdata: int(tensor)}
+            recorder.see(copied, str(func))
+            self.counted[recorder.number_of(copied)] = int(tensor)
             return copied
         return NotImplemented
 
     def _add(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor, other = args[:2]
-        key = tensor.untyped_storage()._cdata if tensor.device.type == "meta" else -1
-        if self.counted is not None and key in self.counted and tensor.dim() == 0:
-            self.counted[key] += int(other)
+        number = recorder.number_of(tensor) if tensor.device.type == "meta" else -1
+        if number in self.counted:
+            self.counted[number] += int(other)
         return NotImplemented
 
 
@@ -273,7 +279,6 @@ class _Run:
             settings["architecture"], frozenset(settings["without_effects"]), settings["dequantise_4bit"]
         )
         self.steps: list[Step] = []
-        self.kept: tuple[int, ...] = ()  # allocations of the cache that the caller keeps from the turn before
         self.kv_bytes_per_token = 0
 
     def record(self) -> AllocationTrace:
@@ -297,8 +302,9 @@ class _Run:
             context_limit=int(self.config.max_position_embeddings),
             first_prompt_min=2,
             later_prompt_min=2,
-            description=f"{type(self.model).__name__}, {self.model.dtype}, loaded by from_pretrained(device_map=...), then "
-            "turns of greedy decode_steps over one kept cache; recorded on the meta device".replace("torch.", ""),
+            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, loaded by "
+            "from_pretrained(device_map=...), then turns of greedy decode_steps over one kept cache; recorded on the meta "
+            "device",
             workload={name: value for name, value in self.settings.items() if name not in ("config", "name")},
             versions=_versions(),
             effects={
@@ -351,6 +357,12 @@ class _Run:
     def _note_step(self, turn: int, index: int, cache: Any, step: Any, previous: list[Tensor]) -> None:
         """What is alive at the end of a step, and who holds it."""
         number_of = self.recorder.number_of
+        if step.context_length != self.recorder.rows[-1].context:
+            raise TraceError(
+                f"{self.workload.name}: the cache counts {step.context_length} tokens where "
+                f"{self.recorder.rows[-1].context} were "
+                "fed; such a cache cannot be forecast. Please report this."
+            )
         tensors = _tensors_of(cache)
         kv = tuple(number_of(tensor) for tensor in tensors)
         context = self.recorder.rows[-1].context
@@ -359,11 +371,13 @@ class _Run:
         expected = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 4)
         if payload != expected or payload % length:
             raise TraceError(
-                f"{self.workload.name}: the cache holds {payload} B of keys and values for {context} tokens, which is no whole "
+                f"{self.workload.name}: the cache holds {payload} B of keys and values for {context} tokens, which "
+                "is no whole "
                 "number of bytes a token; such a cache cannot be forecast. Please report this."
             )
         self.kv_bytes_per_token = payload // length
-        logits = (number_of(step.logits),) if step.logits is not None else ()
+        of_step = [value for value in (step.logits, step.chosen_probability) if isinstance(value, Tensor)]
+        kept = [number_of(tensor) for tensor in of_step] if "logits" in self.workload.keeps else []
         held = frozenset(number_of(tensor) for tensor in previous)
         self.steps.append(
             Step(
@@ -371,7 +385,7 @@ class _Run:
                 turn=turn,
                 index=index,
                 kv=kv,
-                carried=(*kv, *logits),
+                carried=(*kv, *kept),
                 held=held,
                 live=tuple(self.recorder.live()),
                 workspace=-1 if self.device.workspace is None else self.device.workspace,

@@ -178,7 +178,8 @@ def parse_turns(text: str) -> tuple[Turn, ...]:
         prompt, colon, generated = part.strip().partition(":")
         if not (colon and prompt.isdecimal() and generated.isdecimal()):
             raise WorkloadError(
-                f"turns: {part.strip()!r} is not prompt:generated. Write tokens such as 30:500, several joined by commas."
+                f"turns: {part.strip()!r} is not prompt:generated. Write tokens such as 30:500, several joined by "
+                "commas."
             )
         turns.append(Turn(int(prompt), int(generated)))
     return tuple(turns)
@@ -223,7 +224,10 @@ def find_card(name: str) -> Card:
 
 
 def _spelled(name: str) -> str:
-    plain = name.lower().replace("nvidia", "").replace("geforce", "").replace("gpu", "")
+    """The name without maker, line and blanks: drivers write "NVIDIA GeForce RTX 4060 Laptop GPU"."""
+    plain = name.lower()
+    for word in ("nvidia", "geforce", "tesla", "gpu"):
+        plain = plain.replace(word, "")
     return "".join(character for character in plain if character.isalnum())
 
 
