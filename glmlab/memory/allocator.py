@@ -19,9 +19,8 @@ mapped at its end, or into holes that ``empty_cache()`` left.
 """
 
 import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass
 
+from glmlab.memory.blocks import Block, BlockView, Pool, SegmentView, mapped_runs, room
 from glmlab.memory.settings import (
     BLOCK_BYTES,
     DEFAULT_POOL,
@@ -34,87 +33,17 @@ from glmlab.memory.settings import (
 )
 from glmlab.units import MIB
 
-
-class Block:
-    """A part of a segment: live (a tensor's), idle, or, in an expandable segment, not mapped; sizes in bytes."""
-
-    __slots__ = ("address", "base", "is_expandable", "live", "mapped", "next", "owner", "pool", "prev", "size")
-
-    def __init__(self, address: int, size: int, pool: "Pool", base: int, is_expandable: bool) -> None:
-        self.address, self.size, self.pool, self.base, self.is_expandable = address, size, pool, base, is_expandable
-        self.prev: Block | None = None
-        self.next: Block | None = None
-        self.live, self.mapped, self.owner = False, True, 0
-
-    def __repr__(self) -> str:
-        state = "live" if self.live else "idle" if self.mapped else "unmapped"
-        return f"Block({self.address:#x}, {self.size} B, {state}, {self.pool})"
-
-    @property
-    def end(self) -> int:
-        """First address behind the block."""
-        return self.address + self.size
-
-
-class Pool:
-    """Idle blocks of one stream, small or large, ordered by size, then address."""
-
-    def __init__(self, is_small: bool, stream: int, pool_id: tuple[int, int]) -> None:
-        self.is_small, self.stream, self.pool_id = is_small, stream, pool_id
-        self.free_bytes = 0
-        self.unmapped: list[Block] = []  # by address
-        self._order: list[tuple[int, int]] = []
-        self._blocks: dict[int, Block] = {}
-
-    def __repr__(self) -> str:
-        return f"{'small' if self.is_small else 'large'} pool of stream {self.stream}"
-
-    def __iter__(self) -> Iterator[Block]:
-        return (self._blocks[address] for _, address in list(self._order))
-
-    def add(self, block: Block) -> None:
-        """Take in an idle block."""
-        bisect.insort(self._order, (block.size, block.address))
-        self._blocks[block.address] = block
-        self.free_bytes += block.size
-
-    def remove(self, block: Block) -> None:
-        """Give up an idle block."""
-        del self._order[bisect.bisect_left(self._order, (block.size, block.address))]
-        del self._blocks[block.address]
-        self.free_bytes -= block.size
-
-    def at_least(self, size: int) -> Iterator[Block]:
-        """Idle blocks of ``size`` and over, best fit first."""
-        for i in range(bisect.bisect_left(self._order, (size, 0)), len(self._order)):
-            yield self._blocks[self._order[i][1]]
-
-    def below(self, size: int) -> list[Block]:
-        """Idle blocks under ``size``, largest first."""
-        return [
-            self._blocks[address] for _, address in reversed(self._order[: bisect.bisect_left(self._order, (size, 0))])
-        ]
-
-
-@dataclass(frozen=True)
-class BlockView:
-    """One block of a map of the pools."""
-
-    address: int
-    size: int
-    owner: int  # who asked for it, as told to malloc; 0 for an idle block
-    live: bool
-
-
-@dataclass(frozen=True)
-class SegmentView:
-    """One segment (or one mapped range of an expandable segment) with its blocks, by address."""
-
-    address: int
-    size: int
-    pool: str
-    stream: int
-    blocks: tuple[BlockView, ...]
+__all__ = [
+    "AllocatorError",
+    "AllocatorSettings",
+    "Block",
+    "BlockView",
+    "CachingAllocator",
+    "OutOfMemory",
+    "Pool",
+    "SegmentView",
+    "coin",
+]
 
 
 class CachingAllocator:
@@ -222,7 +151,7 @@ class CachingAllocator:
         """Return every segment with its blocks, ordered by address."""
         views: list[SegmentView] = []
         for head in (self._heads[address] for address in self._head_order):
-            for run in _mapped_runs(head):
+            for run in mapped_runs(head):
                 blocks = tuple(BlockView(b.address, b.size, b.owner if b.live else 0, b.live) for b in run)
                 name = "small" if head.pool.is_small else "large"
                 size = run[-1].end - run[0].address
@@ -254,7 +183,7 @@ class CachingAllocator:
         if block.is_expandable:
             # The last block of a growing segment counts with the room it can grow into, so others come first.
             for other in fits:
-                if not block.is_expandable or _room(other) >= _room(block):
+                if not block.is_expandable or room(other) >= room(block):
                     break
                 block = other
         limit = self.settings.max_split_bytes
@@ -296,7 +225,7 @@ class CachingAllocator:
         return block
 
     def expansion(self, pool: Pool, size: int) -> tuple[Block, list[tuple[int, int]]] | None:
-        """Return where a request goes in an expandable segment: the first block, and the ranges (address, bytes) to map.
+        """Return where a request goes in an expandable segment: its first block, and ranges (address, bytes) to map.
 
         None where no address space has the room.
         """
@@ -522,20 +451,3 @@ def coin(seed: int, index: int) -> bool:
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
     return bool(x >> 63)
-
-
-def _room(block: Block) -> int:
-    """Bytes a block has, with what its segment can grow behind it."""
-    return block.size + (block.next.size if block.next is not None and not block.next.mapped else 0)
-
-
-def _mapped_runs(head: Block) -> Iterator[list[Block]]:
-    run: list[Block] = []
-    block: Block | None = head
-    while block is not None:
-        if block.mapped:
-            run.append(block)
-        if run and (not block.mapped or block.next is None):
-            yield run
-            run = []
-        block = block.next

@@ -127,13 +127,13 @@ def _find_tails(
         if block.size <= SMALL_REQUEST_BYTES or where < 0:
             continue
         end = address + block.size
-        limit = segment_starts[where] + start.segments[segment_starts[where]][0]
+        limit = segment_end = segment_starts[where] + start.segments[segment_starts[where]][0]
         after = bisect.bisect_right(starts, address)
         if after < len(starts):
             limit = min(limit, starts[after])
         is_oversize = block.size >= settings.max_split_bytes
         first = bisect.bisect_left(allocations, (end, 0))
-        last = bisect.bisect_right(allocations, (end + SMALL_REQUEST_BYTES, len(events)))
+        last = bisect.bisect_left(allocations, (min(end + SMALL_REQUEST_BYTES + 1, segment_end), 0))
         carved = [(i, at) for at, i in allocations[first:last] if i < index]
         if is_oversize or 0 < limit - end <= SMALL_REQUEST_BYTES:
             end = limit

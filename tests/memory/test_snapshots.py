@@ -1,0 +1,366 @@
+"""Snapshots: real ones replay with every address equal; made-up ones cover settings, streams and cut histories."""
+
+import io
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glmlab.memory.allocator import Block, CachingAllocator, Pool
+from glmlab.memory.settings import DEFAULT_POOL, AllocatorSettings, OutOfMemory
+from glmlab.memory.snapshots import ReplayReport, SnapshotError, read_snapshot, replay_snapshot
+from glmlab.units import MIB
+
+FIRST_PRIVATE = (0, 7)
+
+
+class RecordedDevice(CachingAllocator):
+    """An allocator that keeps a history as torch.cuda.memory does."""
+
+    def __init__(
+        self, settings: AllocatorSettings | None = None, capacity_bytes: int | None = None, seed: int = 1
+    ) -> None:
+        super().__init__(settings, capacity_bytes=capacity_bytes, address_seed=seed)
+        self.history: list[dict[str, Any]] = []
+        self.requested: dict[int, int] = {}
+        self.current_pool = DEFAULT_POOL
+
+    def record(self, action: str, address: int, size: int, stream: int) -> None:
+        self.history.append({"action": action, "addr": address, "size": size, "stream": stream, "frames": []})
+
+    def pool(self, size: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL) -> Pool:
+        return super().pool(size, stream, self.current_pool if pool_id == DEFAULT_POOL else pool_id)
+
+    def add_segment(self, pool: Pool, address: int, size: int) -> Block:
+        self.record("segment_alloc", address, size, pool.stream)
+        return super().add_segment(pool, address, size)
+
+    def map(self, address: int, n_bytes: int) -> Block:
+        block = super().map(address, n_bytes)
+        self.record("segment_map", address, n_bytes, block.pool.stream)
+        return block
+
+    def release(self, address: int, n_bytes: int) -> None:
+        block = self.block_at(address)
+        assert block is not None
+        self.record("segment_unmap" if block.is_expandable else "segment_free", address, n_bytes, block.pool.stream)
+        super().release(address, n_bytes)
+
+    def malloc(self, n_bytes: int, stream: int = 0, *, owner: int = 0) -> Block:
+        block = super().malloc(n_bytes, stream)
+        self.requested[block.address] = n_bytes
+        self.record("alloc", block.address, n_bytes, stream)
+        return block
+
+    def free(self, block: Block) -> None:
+        for action in ("free_requested", "free_completed"):
+            self.record(action, block.address, self.requested[block.address], block.pool.stream)
+        super().free(block)
+
+    def run(self, seed: int, n_events: int, sizes: Callable[[random.Random], int], streams: int = 1) -> None:
+        """Allocate and free at random, with an empty_cache() now and then."""
+        choose = random.Random(seed)
+        live: list[Block] = []
+        for _ in range(n_events):
+            kind = choose.random()
+            if kind < 0.01:
+                self.empty_cache()
+            elif kind < 0.5 and live:
+                self.free(live.pop(choose.randrange(len(live))))
+            else:
+                try:
+                    live.append(self.malloc(sizes(choose), stream=choose.randrange(streams) * 4096))
+                except OutOfMemory as error:
+                    self.history.append({"action": "oom", "device_free": error.free, "size": error.tried, "stream": 0})
+
+    def snapshot(self, cut: int = 0, with_settings: bool = True) -> dict[str, Any]:
+        segments = []
+        for view in self.segments():
+            head = self.block_at(view.address)
+            assert head is not None
+            segments.append(
+                {
+                    "device": 0,
+                    "address": view.address,
+                    "total_size": view.size,
+                    "stream": view.stream,
+                    "segment_type": view.pool,
+                    "segment_pool_id": head.pool.pool_id,
+                    "is_expandable": head.is_expandable,
+                    "frames": [],
+                    "blocks": [
+                        {
+                            "address": block.address,
+                            "size": block.size,
+                            "requested_size": self.requested[block.address] if block.live else 0,
+                            "state": "active_allocated" if block.live else "inactive",
+                        }
+                        for block in view.blocks
+                    ],
+                }
+            )
+        made: dict[str, Any] = {"segments": segments, "device_traces": [self.history[cut:]]}
+        if with_settings:
+            chosen = self.settings
+            made["allocator_settings"] = {
+                "PYTORCH_CUDA_ALLOC_CONF": f"large_segment_size_mb:{chosen.large_segment_size_mb}",
+                "max_split_size": -1 if chosen.max_split_size_mb is None else chosen.max_split_size_mb * MIB,
+                "garbage_collection_threshold": 0.0,
+                "expandable_segments": chosen.expandable_segments,
+                "roundup_power2_divisions": {str(1 << i): d for i, d in enumerate(chosen.power2_divisions)},
+            }
+        return made
+
+
+def replay(tmp_path: Path, snapshot: Any) -> ReplayReport:
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(pickle.dumps(snapshot))
+    return replay_snapshot(read_snapshot(path))
+
+
+def mixed_sizes(choose: random.Random) -> int:
+    return choose.choice([choose.randint(1, 5000), choose.randint(1, 2 * MIB), choose.randint(MIB, 30 * MIB)])
+
+
+def small_sizes(choose: random.Random) -> int:
+    return choose.randint(1, MIB)
+
+
+@pytest.mark.parametrize(
+    ("name", "allocations", "segments"), [("a.pickle", 1935, 7), ("b.pickle", 2703, 461), ("c.pickle", 1280, 0)]
+)
+def test_every_address_of_a_real_gpu_is_the_allocators_choice(
+    shared_data: Path, name: str, allocations: int, segments: int
+) -> None:
+    report = replay_snapshot(read_snapshot(shared_data / "gpu-snapshots" / name))
+    found = report.as_dict()
+    assert (found["allocations"], found["equal_addresses"]) == (allocations, allocations)
+    assert (found["segments"], found["equal_segments"]) == (segments, segments)
+    assert found["first_difference"] is None
+    assert report.is_equal
+    assert report.devices[0].equal_final_state
+
+
+MADE_UP = [
+    AllocatorSettings(),
+    AllocatorSettings(max_split_size_mb=24),
+    AllocatorSettings(roundup_power2_divisions=4),
+    AllocatorSettings(expandable_segments=True),
+    AllocatorSettings(expandable_segments=True, large_segment_size_mb=32),
+]
+
+
+@pytest.mark.parametrize("chosen", MADE_UP, ids=range(len(MADE_UP)))
+@pytest.mark.parametrize("capacity_mib", [None, 400])
+def test_a_whole_history_replays_equal_under_every_setting(
+    tmp_path: Path, chosen: AllocatorSettings, capacity_mib: int | None
+) -> None:
+    device = RecordedDevice(chosen, capacity_mib and capacity_mib * MIB)
+    device.run(3, 700, mixed_sizes, streams=2)
+    report = replay(tmp_path, device.snapshot())
+    assert report.is_equal
+    assert report.devices[0].equal_final_state
+    assert report.devices[0].notes == []
+    assert report.as_dict()["segments"] > 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("chosen", [MADE_UP[0], MADE_UP[3]], ids=["default", "expandable"])
+def test_a_history_that_lost_its_beginning_replays_equal(tmp_path: Path, chosen: AllocatorSettings, seed: int) -> None:
+    device = RecordedDevice(chosen, seed=seed)
+    device.run(seed, 700, mixed_sizes)
+    for part in (0.2, 0.5, 0.9):
+        report = replay(tmp_path, device.snapshot(cut=int(part * len(device.history))))
+        assert report.is_equal
+        assert report.devices[0].equal_final_state
+
+
+def test_the_tail_of_an_old_block_shows_where_the_next_one_is_carved(tmp_path: Path) -> None:
+    device = RecordedDevice(seed=0)
+    first, second, third = device.malloc(6 * MIB), device.malloc(7 * MIB), device.malloc(7 * MIB)
+    device.free(first)
+    device.free(second)
+    device.free(third)
+    whole = device.malloc(19 * MIB + 512 * 1024)  # keeps a tail of half a MiB
+    device.free(whole)
+    old = device.malloc(5 * MIB)
+    middle = device.malloc(7 * MIB)
+    device.free(old)
+    old = device.malloc(4 * MIB + 300 * 1024)  # takes all 5 MiB
+    device.free(middle)
+    cut = len(device.history)
+    device.malloc(2 * MIB)  # carved at the true end of the old block
+    device.free(old)
+    report = replay(tmp_path, device.snapshot(cut))
+    assert (report.devices[0].equal_addresses, report.devices[0].allocations) == (1, 1)
+    assert report.devices[0].equal_final_state
+
+
+def test_a_difference_is_found_counted_once_and_explained(tmp_path: Path) -> None:
+    device = RecordedDevice()
+    first = device.malloc(1024)
+    device.malloc(512)
+    device.free(first)
+    elsewhere = device.place(first.address + 512, 512)  # not the front of the idle block, as PyTorch would have it
+    assert elsewhere is not None
+    device.requested[elsewhere.address] = 300
+    device.record("alloc", elsewhere.address, 300, 0)
+    device.malloc(400)
+    device.malloc(5000)
+    report = replay(tmp_path, device.snapshot())
+    found = report.as_dict()
+    assert (found["allocations"], found["equal_addresses"]) == (5, 4)
+    assert (found["segments"], found["equal_segments"]) == (1, 1)
+    assert f"event 5: PyTorch puts 300 B of stream 0 at {elsewhere.address:#x}" in str(found["first_difference"])
+    assert report.devices[0].equal_final_state
+    assert not report.is_equal
+    assert "first difference" in str(report)
+
+
+def test_a_segment_of_another_size_is_a_difference(tmp_path: Path) -> None:
+    device = RecordedDevice(AllocatorSettings(large_segment_size_mb=40))
+    device.malloc(3 * MIB)
+    snapshot = device.snapshot()
+    snapshot["allocator_settings"]["PYTORCH_CUDA_ALLOC_CONF"] = ""
+    found = replay(tmp_path, snapshot).as_dict()
+    assert (found["segments"], found["equal_segments"], found["equal_addresses"]) == (1, 0, 1)
+    assert f"PyTorch takes a segment of {40 * MIB} B, the replay asks for {20 * MIB} B" in str(
+        found["first_difference"]
+    )
+
+
+def test_private_pools_keep_their_blocks_to_themselves(tmp_path: Path) -> None:
+    device = RecordedDevice()
+    device.run(1, 60, small_sizes)
+    device.current_pool = FIRST_PRIVATE
+    device.run(2, 60, small_sizes)
+    device.current_pool = DEFAULT_POOL
+    device.run(3, 60, small_sizes)
+    report = replay(tmp_path, device.snapshot())
+    assert report.is_equal
+
+
+def test_several_devices_are_replayed_each_for_itself(tmp_path: Path) -> None:
+    first, second = RecordedDevice(), RecordedDevice(seed=2)
+    first.run(1, 100, mixed_sizes)
+    second.run(2, 150, mixed_sizes)
+    snapshot, other = first.snapshot(), second.snapshot()
+    for segment in other["segments"]:
+        segment["device"] = 2
+    snapshot["segments"] += other["segments"]
+    snapshot["device_traces"] += [[], *other["device_traces"]]
+    report = replay(tmp_path, snapshot)
+    assert [device.device for device in report.devices] == [0, 2]
+    assert report.is_equal
+    assert report.as_dict()["allocations"] == sum(device.allocations for device in report.devices)
+
+
+def test_old_snapshots_without_settings_addresses_and_pool_ids_are_read(tmp_path: Path) -> None:
+    device = RecordedDevice(MADE_UP[3])
+    device.run(4, 200, mixed_sizes)
+    snapshot = device.snapshot(with_settings=False)
+    for segment in snapshot["segments"]:
+        del segment["segment_pool_id"]
+        for block in segment["blocks"]:
+            del block["address"]
+    report = replay(tmp_path, snapshot)
+    assert report.is_equal
+    assert "tells no allocator settings" in report.devices[0].notes[0]
+
+
+def test_skipped_kinds_of_events_are_told_in_notes(tmp_path: Path) -> None:
+    device = RecordedDevice()
+    device.run(4, 200, mixed_sizes)
+    snapshot = device.snapshot()
+    trace = [entry for entry in snapshot["device_traces"][0] if entry["action"] != "free_completed"]
+    snapshot["device_traces"][0] = [*trace, {"action": "brand_new", "addr": 0, "size": 0, "stream": 0}]
+    report = replay(tmp_path, snapshot)
+    assert report.is_equal
+    assert "no completed frees" in " ".join(report.devices[0].notes)
+    assert "'brand_new'" in " ".join(report.devices[0].notes)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_history_with_gaps_gives_a_report_not_a_crash(tmp_path: Path, seed: int) -> None:
+    device = RecordedDevice(MADE_UP[seed % len(MADE_UP)])
+    device.run(seed, 400, mixed_sizes, streams=2)
+    snapshot = device.snapshot()
+    choose = random.Random(seed)
+    snapshot["device_traces"][0] = [entry for entry in device.history if choose.random() > 0.1]
+    snapshot["segments"] = [segment for segment in snapshot["segments"] if choose.random() > 0.1]
+    report = replay(tmp_path, snapshot)
+    assert any("gaps" in note or "not comparable" in note for note in report.devices[0].notes)
+    assert 0 < report.devices[0].equal_addresses <= report.devices[0].allocations
+
+
+# -- files that are no snapshots ---------------------------------------------------------------------------------------
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/this-must-not-exist",)
+
+
+class PersistentPickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return "outside" if obj == "mark" else None
+
+
+def persistent() -> bytes:
+    buffer = io.BytesIO()
+    PersistentPickler(buffer).dump({"segments": ["mark"]})
+    return buffer.getvalue()
+
+
+def whole_snapshot() -> dict[str, Any]:
+    device = RecordedDevice()
+    device.run(1, 50, mixed_sizes)
+    return device.snapshot()
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    snapshot = whole_snapshot()
+    change(snapshot)
+    return pickle.dumps(snapshot)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "truncated"),
+        (b"no pickle at all", "not a pickle"),
+        (pickle.dumps(whole_snapshot())[:-200], "truncated"),
+        (pickle.dumps({"segments": RunsCode()}), r"wants to load (posix|nt)\.system"),
+        (persistent(), "refers to an object outside"),
+        (pickle.dumps([{"address": 1}]), "without history"),
+        (pickle.dumps({"model": 1}), "no 'segments'"),
+        (pickle.dumps(7), "not a snapshot"),
+        (changed(lambda s: s.update(device_traces=[[]])), "no history"),
+        (changed(lambda s: s.pop("device_traces")), "no history"),
+        (changed(lambda s: s.update(device_traces=7)), "'device_traces' is not a list"),
+        (changed(lambda s: s["segments"][0].pop("address")), "segment 0 has no number 'address'"),
+        (changed(lambda s: s["segments"][0].update(total_size=1)), "add up to"),
+        (changed(lambda s: s["device_traces"][0][3].pop("action")), "event 3 of device 0 has no 'action'"),
+        (changed(lambda s: s["device_traces"][0][3].update(size="x")), "event 3 of device 0 has no number 'size'"),
+        (changed(lambda s: s["device_traces"][0][3].update(pool_id="x")), "not a pair of numbers"),
+        (changed(lambda s: s["allocator_settings"].update(max_split_size=MIB)), "must be over 20"),
+        (changed(lambda s: s.update(allocator_settings=[])), "'allocator_settings' is not a dict"),
+    ],
+)
+def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "file.pickle"
+    path.write_bytes(content)
+    with pytest.raises(SnapshotError, match=says) as caught:
+        replay_snapshot(read_snapshot(path))
+    assert str(path) in str(caught.value)
+    assert not Path("/tmp/this-must-not-exist").exists()
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing.pickle", tmp_path):
+        with pytest.raises(SnapshotError, match="not there"):
+            read_snapshot(path)
