@@ -5,12 +5,13 @@
 """
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba.core import event as numba_events
 
 from glmlab.memory import kernels as k
 from glmlab.memory.allocator import Block, BlockView, CachingAllocator, SegmentView
@@ -108,9 +109,8 @@ class StepReplayer:
         out_owners = np.zeros((len(padded), len(self.program.owners)), np.int64)
         self._counters[k.GROWTHS // 8] = 0
         row, status = skip, k.NEEDS_ROOM
-        announce_compilation()
         while status == k.NEEDS_ROOM:
-            row, status = k.replay_rows(
+            row, status = _replay_rows(
                 self._memory(),
                 self._growth.ctypes.data,
                 self._codes.ctypes.data,
@@ -317,15 +317,31 @@ def _check_schedule(program: EventProgram, rows: Int64Array) -> None:
             )
 
 
-def announce_compilation() -> None:
-    """Log that the kernel is about to be compiled, where numba's cache on disk has no kernel of this source."""
-    kernel: Any = k.replay_rows
-    if kernel.signatures:
-        return
-    source = Path(k.__file__)
-    indexes = Path(kernel.stats.cache_path).glob(f"{source.stem}.replay_rows-*.nbi")
-    if not any(index.stat().st_mtime >= source.stat().st_mtime for index in indexes):
-        _log.warning("compiling the replay kernel, once on this machine: about 15 seconds")
+def _replay_rows(*arguments: Any) -> tuple[int, int]:
+    with announcing_compilation():
+        row, status = k.replay_rows(*arguments)
+    return int(row), int(status)
+
+
+class _Announcer(numba_events.Listener):  # type: ignore[misc]
+    """Logs the first compilation it hears of."""
+
+    is_silent = True
+
+    def on_start(self, event: Any) -> None:
+        if self.is_silent:
+            self.is_silent = False
+            _log.warning("compiling the replay kernel, once on this machine: about 15 seconds")
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+@contextmanager
+def announcing_compilation() -> Iterator[None]:
+    """Log, once, that a kernel is compiled while the context lasts; what comes from numba's disk cache is silent."""
+    with numba_events.install_listener("numba:compile", _Announcer()):
+        yield
 
 
 def replay_readable(program: EventProgram, schedule: npt.ArrayLike, allocator: CachingAllocator) -> Replay:
