@@ -122,8 +122,8 @@ def explain(curve: Curve) -> Explanation:
         >>> from glmlab.memory.workload import Workload
         >>> explanation = explain(forecast(Workload.recorded("chatglm3-6b-original-int4", turns="8:418"), seeds=()))
         >>> rise = explanation.rises[-1]
-        >>> rise.pool, rise.mib, rise.request.layer
-        ('small', 2.0, 8)
+        >>> rise.pool, rise.mib, rise.request.operation
+        ('small', 2.0, 'aten.sort.default')
     """
     if curve.kind != "forecast" or "workload" not in curve.provenance:
         raise ForecastError(

@@ -303,8 +303,8 @@ class _Run:
             first_prompt_min=2,
             later_prompt_min=2,
             description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, loaded by "
-            "from_pretrained(device_map=...), then turns of greedy decode_steps over one kept cache; recorded on the meta "
-            "device",
+            "from_pretrained(device_map=...), then turns of greedy decode_steps over one kept cache; recorded on the "
+            "meta device",
             workload={name: value for name, value in self.settings.items() if name not in ("config", "name")},
             versions=_versions(),
             effects={

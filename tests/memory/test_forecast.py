@@ -180,7 +180,7 @@ def test_context_comes_from_the_card_or_is_said_to_be_assumed() -> None:
 
 
 def test_out_of_memory_ends_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = find_card("RTX 4060")._replace(memory_mib=4150 + 119)
+    small = find_card("RTX 4060")._replace(memory_mib=4300 + 119)
     monkeypatch.setattr("glmlab.memory.forecast.find_card", lambda _: small)
     curve = forecast(Workload.recorded(TRACE, turns=CONVERSATION, card="RTX 4060"), seeds=())
     failure = curve.provenance["out_of_memory"]
