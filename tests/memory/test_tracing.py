@@ -421,3 +421,15 @@ def test_traces_of_two_runs_are_equal() -> None:
     assert tuple(one.program.owners) == OWNERS
     assert json.dumps(one.facts.effects) == json.dumps(two.facts.effects)
     assert (one.label_of_event >= 0).tolist() == (one.program.events[:, 0] == ALLOCATE).tolist()
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"attention": "eager"}, {"precision": "int8"}, {"cache": "static", "static_tokens": 4096}], ids=str
+)
+def test_repeating_known_operations_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered = trace(shallow("chatglm3-6b", **fields), refresh=True)
+    monkeypatch.setattr("glmlab.memory.recorder._gives_fresh_tensor", lambda _: False)
+    computed = trace(shallow("chatglm3-6b", **fields), refresh=True)
+    assert np.array_equal(remembered.program.events, computed.program.events)
+    assert np.array_equal(remembered.program.sizes, computed.program.sizes)
+    assert remembered.labels == computed.labels
