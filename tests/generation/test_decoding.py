@@ -1,5 +1,6 @@
 """The loop shows what generate() does, and refuses what it cannot do before the first forward pass."""
 
+import time
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     GlmConfig,
     GlmForCausalLM,
@@ -14,9 +16,10 @@ from transformers import (
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    StaticCache,
 )
 
-from glmlab.generation.decoding import DecodeError, Keep, decode_steps
+from glmlab.generation.decoding import DecodeError, Keep, decode_steps, kv_bytes, reweigh
 from glmlab.generation.prompts import encode_chat
 from glmlab.models.loading import LoadedModel
 
@@ -55,37 +58,81 @@ def _generated(loaded, rows, config, n):
         return loaded.model.generate(ids, attention_mask=mask, generation_config=settings_)[:, width:].tolist()
 
 
-def _stepped(loaded, rows, config, n):
+def _stepped(loaded, rows, config, n, keep):
     torch.manual_seed(3)
-    steps = decode_steps(loaded, rows, max_new_tokens=n, generation_config=config)
+    steps = decode_steps(loaded, rows, max_new_tokens=n, generation_config=config, keep=keep)
     return [list(row) for row in zip(*(step.token_ids for step in steps), strict=True)]
 
 
-@settings(max_examples=40, deadline=None)
+SAMPLING = st.one_of(
+    st.just({"do_sample": False}),
+    st.fixed_dictionaries(
+        {"do_sample": st.just(True)},
+        optional={
+            "temperature": st.floats(0.2, 2.0),
+            "top_k": st.integers(1, 60),
+            "top_p": st.floats(0.1, 1.0),
+            "min_p": st.floats(0.0, 0.3),
+            "typical_p": st.floats(0.2, 0.95),
+            "top_h": st.floats(0.1, 0.9),
+            "epsilon_cutoff": st.floats(0.0, 0.01),
+            "eta_cutoff": st.floats(0.0, 0.01),
+        },
+    ),
+)
+PROCESSORS = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.floats(1.0, 1.5),
+        "no_repeat_ngram_size": st.integers(1, 3),
+        "min_new_tokens": st.integers(1, 6),
+        "bad_words_ids": st.just([[9], [10, 11]]),
+        "suppress_tokens": st.just([12, 13]),
+        "renormalize_logits": st.booleans(),
+        "remove_invalid_values": st.booleans(),
+    },
+)
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     family=st.integers(0, 2),
     rows=st.lists(st.lists(st.integers(3, 95), min_size=1, max_size=9), min_size=1, max_size=3),
-    sampling=st.one_of(
-        st.just({"do_sample": False}),
-        st.fixed_dictionaries(
-            {"do_sample": st.just(True)},
-            optional={
-                "temperature": st.floats(0.2, 2.0),
-                "top_k": st.integers(1, 60),
-                "top_p": st.floats(0.1, 1.0),
-                "min_p": st.floats(0.0, 0.3),
-                "typical_p": st.floats(0.2, 0.95),
-            },
-        ),
-    ),
-    penalty=st.floats(1.0, 1.5),
+    sampling=SAMPLING,
+    processors=PROCESSORS,
     static=st.booleans(),
+    top_k=st.sampled_from([0, 1, 10, 200]),
+    kept=st.booleans(),
 )
-def test_ids_equal_generate(tiny_models, family, rows, sampling, penalty, static):
+def test_ids_equal_generate(tiny_models, family, rows, sampling, processors, static, top_k, kept):
     cache = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    config = GenerationConfig(**sampling, **STOPS, **cache, repetition_penalty=penalty)
+    config = GenerationConfig(**sampling, **processors, **STOPS, **cache)
     loaded = tiny_models[family]
-    assert _stepped(loaded, rows, config, 12) == _generated(loaded, rows, config, 12)
+    keep = Keep(top_k=top_k, logits=kept, hidden_states=kept)
+    assert _stepped(loaded, rows, config, 12, keep) == _generated(loaded, rows, config, 12)
+
+
+@pytest.mark.parametrize("kept", [Keep(), Keep(top_k=0), Keep(logits=True, hidden_states=True)])
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 0.9, "top_p": 0.95}])
+@pytest.mark.parametrize("family", [0, 1, 2])
+def test_logits_and_cache_equal_generate_to_the_last_bit(tiny_models, family, sampling, kept):
+    """Equal ids could hide small differences; logits and cached keys may not differ either."""
+    loaded = tiny_models[family]
+    config = GenerationConfig(**sampling, pad_token_id=0, max_new_tokens=9)
+    cache = DynamicCache(config=loaded.model.config)
+    torch.manual_seed(3)
+    steps = list(decode_steps(loaded, [5, 9, 4], max_new_tokens=9, generation_config=config, keep=kept, cache=cache))
+    torch.manual_seed(3)
+    config.eos_token_id = loaded.model.generation_config.eos_token_id
+    generated = loaded.model.generate(
+        torch.tensor([[5, 9, 4]]), generation_config=config, return_dict_in_generate=True, output_logits=True
+    )
+    assert generated.sequences[0, 3:].tolist() == [step.token_id for step in steps]
+    if kept.logits:
+        assert all(torch.equal(step.logits, logits) for step, logits in zip(steps, generated.logits, strict=True))
+    for ours, theirs in zip(cache.layers, generated.past_key_values.layers, strict=True):
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
 
 
 @pytest.mark.parametrize(
@@ -164,11 +211,152 @@ def test_hidden_states_on_request(embedded):
     assert step.attentions is None
 
 
-def test_closing_the_loop_keeps_what_was_seen(embedded):
-    steps = decode_steps(embedded, "Tell me a long story.", max_new_tokens=50)
-    seen = [next(steps), next(steps)]
-    steps.close()
-    assert [step.index for step in seen] == [0, 1]
+def test_kept_tensors_are_ordinary_ones(embedded):
+    """The loop runs without autograd's bookkeeping, but what it hands out can be computed with and written to."""
+    step = next(decode_steps(embedded, "Hello", max_new_tokens=1, keep=Keep(logits=True, hidden_states=True)))
+    step.logits[0, 0] = -torch.inf
+    again = embedded.model.get_output_embeddings()(step.hidden_states[-1][:, -1:])[:, -1]
+    assert torch.equal(again[0, 1:], step.logits[0, 1:])
+    assert again.requires_grad
+
+
+def test_a_thousand_steps_by_default_keep_only_candidates(embedded):
+    steps = list(decode_steps(embedded, "Hello", max_new_tokens=5))
+    for step in steps:
+        assert (step.logits, step.hidden_states, step.attentions) == (None, None, None)
+        tensors = [tensor for stage in step.stages for tensor in (stage.token_ids, stage.probabilities)]
+        assert {tensor.untyped_storage().nbytes() for tensor in tensors} <= {10 * 4, 10 * 8}
+
+
+def test_no_candidates_no_probability(embedded):
+    step = next(decode_steps(embedded, "Hello", max_new_tokens=1, keep=Keep(top_k=0)))
+    assert (step.stages, step.chosen_probability) == ((), None)
+    with pytest.raises(DecodeError, match=r"Keep\(top_k=0\) keeps no probabilities"):
+        _ = step.surprisal_bits
+
+
+def test_every_act_has_its_time(embedded):
+    steps = []
+    for step in decode_steps(embedded, "Hello", max_new_tokens=3):
+        steps.append(step)
+        time.sleep(0.02)
+    assert all(min(step.forward_s, step.choose_s, step.stop_check_s) > 0 for step in steps)
+    assert steps[0].caller_s == 0
+    assert all(step.caller_s >= 0.02 for step in steps[1:])
+
+
+class TestReasons:
+    """Act 4 in the cases that the host cannot decide by ids and length."""
+
+    def test_a_stop_string_ends_it(self, tiny_models, embedded):
+        greedy = [step.token_id for step in decode_steps(embedded, "Hello", max_new_tokens=30)]
+        text = embedded.tokenizer.decode(greedy[:4])[-3:]
+        config = GenerationConfig(stop_strings=[text])
+        *steps, last = decode_steps(embedded, "Hello", max_new_tokens=30, generation_config=config)
+        assert last.stop_reason == "stop string"
+        assert all(step.stop_reason is None for step in steps)
+        ids = [step.token_id for step in steps] + [last.token_id]
+        assert ids == greedy[: len(ids)]
+        assert text in embedded.tokenizer.decode(ids)
+
+    def test_time_ends_it(self, embedded):
+        config = GenerationConfig(max_time=1e-9)
+        (step,) = decode_steps(embedded, "Hello", max_new_tokens=30, generation_config=config)
+        assert step.stop_reason == "time"
+
+    def test_each_sequence_of_a_batch_has_its_own(self, tiny_models):
+        rows = [[5, 9, 4], [8, 3], [33, 12, 15, 44]]
+        config = GenerationConfig(do_sample=True, temperature=3.0, eos_token_id=list(range(1, 30)), pad_token_id=0)
+        torch.manual_seed(0)
+        steps = list(decode_steps(tiny_models[0], rows, max_new_tokens=12, generation_config=config))
+        for row in range(3):
+            ids = [step.token_ids[row] for step in steps]
+            reasons = [step.stop_reasons[row] for step in steps]
+            (end,) = [i for i, reason in enumerate(reasons) if reason is not None]
+            assert reasons[end] == ("stop token" if 1 <= ids[end] < 30 else "length")
+            assert set(ids[end + 1 :]) <= {0}
+        assert len({max(i for i, step in enumerate(steps) if step.stop_reasons[row]) for row in range(3)}) > 1
+
+
+class TestInterrupted:
+    @pytest.fixture
+    def interrupt_in(self, embedded, monkeypatch):
+        """Interrupts the n-th call of a module, as Ctrl+C in the middle of a pass does."""
+
+        def arrange(module, call):
+            calls = iter(range(1, 10**9))
+
+            def hook(*_):
+                if next(calls) == call:
+                    raise KeyboardInterrupt
+
+            return module.register_forward_pre_hook(hook)
+
+        return arrange
+
+    @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+    @pytest.mark.parametrize("layer", [0, 2])
+    def test_the_steps_so_far_and_the_cache_stay_usable(self, embedded, interrupt_in, cache_class, layer):
+        model, prompt = embedded.model, [1784, 1786, 100, 200]
+        arguments = {"max_cache_len": 64} if cache_class is StaticCache else {}
+        cache = cache_class(config=model.config, **arguments)
+        config, config_of_rest = GenerationConfig(min_new_tokens=8), GenerationConfig(min_new_tokens=5)
+        whole = [step.token_id for step in decode_steps(embedded, prompt, max_new_tokens=8, generation_config=config)]
+        handle = interrupt_in(model.model.layers[layer], 4)
+        steps = []
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                steps.extend(decode_steps(embedded, prompt, max_new_tokens=8, generation_config=config, cache=cache))
+        finally:
+            handle.remove()
+        assert [step.token_id for step in steps] == whole[:3]
+        assert steps[-1].context_length == len(prompt) + 2
+        assert {int(each.get_seq_length()) for each in cache.layers} == {len(prompt) + 2}
+        so_far = prompt + whole[:3]
+        rest = decode_steps(embedded, so_far, max_new_tokens=5, generation_config=config_of_rest, cache=cache)
+        assert [step.token_id for step in rest] == whole[3:]
+
+    def test_an_interrupted_prefill_leaves_an_empty_cache(self, embedded, interrupt_in):
+        cache = DynamicCache(config=embedded.model.config)
+        handle = interrupt_in(embedded.model.model.layers[1], 1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                next(decode_steps(embedded, "Hello", max_new_tokens=8, cache=cache))
+        finally:
+            handle.remove()
+        assert (cache.get_seq_length(), kv_bytes(cache)) == (0, 0)
+
+    def test_closing_the_loop_keeps_what_was_seen(self, embedded):
+        steps = decode_steps(embedded, "Tell me a long story.", max_new_tokens=50)
+        seen = [next(steps), next(steps)]
+        steps.close()
+        assert [step.index for step in seen] == [0, 1]
+        assert next(steps, None) is None
+
+
+class TestReweigh:
+    @settings(max_examples=20, deadline=None)
+    @given(temperature=st.floats(0.2, 3), top_k=st.integers(0, 60), top_p=st.floats(0.1, 1))
+    def test_gives_the_stages_that_a_run_with_these_settings_records(self, tiny_models, temperature, top_k, top_p):
+        config = GenerationConfig(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p)
+        (recorded,) = decode_steps(
+            tiny_models[0], [5, 9, 4], max_new_tokens=1, generation_config=config, keep=Keep(logits=True)
+        )
+        stages = reweigh(recorded.logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        assert [stage.name for stage in stages] == [stage.name for stage in recorded.stages]
+        for ours, theirs in zip(stages, recorded.stages, strict=True):
+            assert torch.equal(ours.probabilities, theirs.probabilities)
+            assert torch.equal(ours.survivors, theirs.survivors)
+
+    def test_a_temperature_of_zero_is_refused(self):
+        with pytest.raises(DecodeError, match="these warpers cannot be built: .*temperature"):
+            reweigh(torch.zeros(1, 4), temperature=0.0)
+
+
+def _sampling_at(temperature):
+    config = GenerationConfig(do_sample=True)
+    config.temperature = temperature
+    return config
 
 
 @pytest.mark.parametrize(
@@ -182,6 +370,9 @@ def test_closing_the_loop_keeps_what_was_seen(embedded):
         ([5], {"max_new_tokens": 0}, "max_new_tokens=0: at least one token"),
         ([5], {"generation_config": GenerationConfig(num_beams=2)}, "beam search and several returned sequences"),
         ([5], {"generation_config": GenerationConfig(min_new_tokens=9)}, "min_new_tokens=9 is more than max_new_tok"),
+        ([5], {"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False: this loop feeds one token"),
+        ([5], {"generation_config": GenerationConfig(penalty_alpha=0.5, top_k=4)}, "contrastive search is not shown"),
+        ([5], {"generation_config": _sampling_at(0.0)}, "the generation settings cannot be used: .*temperature"),
         ([5], {"keep": Keep(attentions=True)}, "attentions are never formed by 'sdpa' attention"),
     ],
 )
