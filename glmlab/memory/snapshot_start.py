@@ -3,11 +3,12 @@
 What the history does not tell: a block of the large pool may keep an unsplit tail of up to 1 MiB. For blocks older than
 the history the tail is found so: the first allocation carved behind the block while it lives begins at its true end;
 and a gap of at most 1 MiB up to the next block is always a tail, since the large pool never leaves so little idle.
+Where neither tells, the block counts as *uncertain*, without a tail until PyTorch passes over the idle block behind it.
 """
 
 import bisect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from glmlab.memory.settings import DEFAULT_POOL, SMALL_REQUEST_BYTES, SMALL_SEGMENT_BYTES, AllocatorSettings
 from glmlab.memory.snapshot_files import Event, LiveBlock, SegmentRecord
@@ -30,6 +31,13 @@ class StartState:
     mapped: dict[Owner, list[tuple[int, int]]]  # mapped ranges (begin, end) of expandable segments
     live: dict[int, LiveBlock]
     owners: dict[int, Owner]  # index of a segment event -> owner
+    uncertain: frozenset[int] = frozenset()  # addresses of live blocks that may have a tail nothing tells of
+
+    def with_tail(self, address: int, n_bytes: int) -> "StartState":
+        """Return the same state with one block longer."""
+        block = self.live[address]
+        longer = replace(block, size=block.size + n_bytes)
+        return replace(self, live={**self.live, address: longer})
 
 
 def state_before(
@@ -70,8 +78,7 @@ def state_before(
             case "segment_unmap":
                 start.owners[i] = owner_of_range(event)
                 _add_range(start.mapped.setdefault(start.owners[i], []), event.address, end)
-    _find_tails(start, events, freed_at, settings)
-    return start
+    return replace(start, uncertain=_find_tails(start, events, freed_at, settings))
 
 
 def _guess_owner(event: Event) -> Owner:
@@ -114,10 +121,11 @@ def _cut_range(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
 
 def _find_tails(
     start: StartState, events: Sequence[Event], freed_at: dict[int, int], settings: AllocatorSettings
-) -> None:
-    """Give blocks of the large pool that were live before the history their true sizes (see the top of this module)."""
+) -> frozenset[int]:
+    """Give old blocks of the large pool their true sizes (see the top of this module); returns the uncertain ones."""
     if settings.expandable_segments:
-        return  # then every rest from 512 B on is split off
+        return frozenset()  # then every rest from 512 B on is split off
+    uncertain = set()
     allocations = sorted((event.address, i) for i, event in enumerate(events) if event.action == "alloc")
     starts = sorted(start.live)
     segment_starts = sorted(start.segments)
@@ -139,4 +147,7 @@ def _find_tails(
             end = limit
         elif carved:
             end = min(carved)[1]
+        elif limit > end:
+            uncertain.add(address)
         start.live[address] = LiveBlock(address, max(end - address, block.size), block.requested)
+    return frozenset(uncertain)

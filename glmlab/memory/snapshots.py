@@ -8,11 +8,12 @@ choice, so that one difference is counted once.
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from glmlab.memory.allocator import Block, CachingAllocator, Pool
 from glmlab.memory.settings import (
+    BLOCK_BYTES,
     DEFAULT_POOL,
     SMALL_REQUEST_BYTES,
     AllocatorError,
@@ -49,6 +50,11 @@ class DeviceReport:
     notes: list[str] = field(default_factory=list)
     allocator: CachingAllocator | None = field(default=None, repr=False)
 
+    @property
+    def is_equal(self) -> bool:
+        """Whether every address and every segment event is the allocator's choice."""
+        return self.allocations == self.equal_addresses and self.segments == self.equal_segments
+
     def note(self, text: str) -> None:
         """Add a note, each one once."""
         if text not in self.notes:
@@ -69,7 +75,7 @@ class ReplayReport:
     @property
     def is_equal(self) -> bool:
         """Whether every address and every segment event is the allocator's choice."""
-        return all(d.allocations == d.equal_addresses and d.segments == d.equal_segments for d in self.devices)
+        return all(device.is_equal for device in self.devices)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``glmlab replay --json`` prints."""
@@ -111,20 +117,44 @@ def replay_snapshot(snapshot: Snapshot) -> ReplayReport:
 
 
 def _replay_device(snapshot: Snapshot, history: DeviceHistory) -> DeviceReport:
+    if snapshot.settings is not None:
+        return _replay_with(snapshot.settings, history, snapshot.has_garbage_collection)
+    grows = any(s.is_expandable for s in history.segments) or any(e.action == "segment_map" for e in history.events)
+    report = _replay_with(AllocatorSettings(expandable_segments=grows), history, False)
+    report.note(f"the snapshot tells no allocator settings; taken: the defaults, expandable_segments {grows}")
+    if report.is_equal:
+        return report
+    others = [AllocatorSettings(expandable_segments=grows, max_split_size_mb=n) for n in (32, 64, 128, 256, 512, 1024)]
+    others += [AllocatorSettings(expandable_segments=grows, roundup_power2_divisions=n) for n in (2, 4, 8, 16, 32, 64)]
+    for settings in others:
+        other = _replay_with(settings, history, False)
+        if other.is_equal:
+            other.note(f"the snapshot tells no allocator settings; these explain every choice: {settings}")
+            return other
+    return report
+
+
+def _replay_with(settings: AllocatorSettings, history: DeviceHistory, has_garbage_collection: bool) -> DeviceReport:
     report = DeviceReport(history.device)
-    settings = snapshot.settings
-    if settings is None:
-        grows = any(segment.is_expandable for segment in history.segments) or any(
-            event.action == "segment_map" for event in history.events
-        )
-        settings = AllocatorSettings(expandable_segments=grows)
-        report.note(f"the snapshot tells no allocator settings; taken: the defaults, expandable_segments {grows}")
-    if snapshot.has_garbage_collection:
+    if has_garbage_collection:
         report.note("garbage_collection_threshold is set: which idle segments it released cannot be foreseen")
     events = _completed_frees(history.events, report)
     start = state_before(history.segments, events, settings, report.note)
-    _Forward(start, events, settings, report, snapshot.has_garbage_collection).run(history.segments)
-    return report
+
+    def forward(start: StartState) -> _Forward:
+        run = _Forward(start, events, settings, replace(report, notes=[*report.notes]), has_garbage_collection)
+        run.run(history.segments)
+        return run
+
+    best = forward(start)
+    while best.tail is not None:
+        start = start.with_tail(*best.tail)
+        again = forward(start)
+        if again.report.equal_addresses <= best.report.equal_addresses:
+            break
+        again.report.note("some blocks older than the history have tails that only PyTorch's later choices show")
+        best = again
+    return best.report
 
 
 def _completed_frees(events: Sequence[Event], report: DeviceReport) -> Sequence[Event]:
@@ -157,6 +187,8 @@ class _Forward:
         self.allocator = report.allocator = CachingAllocator(settings)
         self.live: dict[int, Block] = {}
         self.pending: list[int] = []  # segment events since the last allocation
+        self.uncertain = set(start.uncertain)
+        self.tail: tuple[int, int] | None = None  # address and bytes of a tail that would explain the first difference
         self._restore()
         owners = [owner for _, owner in start.segments.values()] + [*start.mapped, *start.owners.values()]
         self.has_private_pools = any(owner.pool_id != DEFAULT_POOL for owner in owners)
@@ -229,10 +261,21 @@ class _Forward:
             self.report.equal_addresses += 1
             self.live[event.address] = self.allocator.take(choice, size)
             return
+        if self.report.first_difference is None and choice is not None:
+            self.tail = self._tail_behind(choice, size)
         theirs = f"{format_bytes(event.size)} of stream {event.stream} at {event.address:#x}"
         ours = "asks the driver for a segment" if choice is None else f"takes {choice.address:#x} ({choice.size} B)"
         self.report.differs(i, f"PyTorch puts {theirs}, the replay {ours}")
         self._take_theirs(i, event, size)
+
+    def _tail_behind(self, choice: Block, size: int) -> tuple[int, int] | None:
+        """Return the tail of the block before the choice that would make the choice too small, if there can be one."""
+        before, n_bytes = choice.prev, choice.size - size + BLOCK_BYTES
+        if before is None or before.address not in self.uncertain or choice.size - n_bytes <= SMALL_REQUEST_BYTES:
+            return None
+        known = self.start.live[before.address]
+        tail = before.size + n_bytes - self.settings.round_size(known.requested)
+        return (before.address, n_bytes) if tail <= SMALL_REQUEST_BYTES else None
 
     def _take_theirs(self, i: int, event: Event, size: int) -> None:
         block = self.allocator.block_at(event.address)
@@ -268,6 +311,7 @@ class _Forward:
 
     def _free(self, i: int, event: Event) -> None:
         block = self.live.pop(event.address, None)
+        self.uncertain.discard(event.address)
         if block is None:
             self.report.note(f"event {i} frees a block that nothing allocated: the history has gaps")
         else:
@@ -327,9 +371,7 @@ class _Forward:
             plan = []
         else:
             plan = self._plan(pool, size)
-        if (
-            self.allocator.hole_at(events[0].address) is None
-        ):  # a new address space: where it lies is the driver's choice
+        if self.allocator.hole_at(events[0].address) is None:  # a new address space, where the driver chose
             self.allocator.add_expandable(target, events[0].address)
             plan = self._plan(target, size) if pool is target and not plan else plan
         block = None

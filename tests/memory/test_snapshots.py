@@ -200,6 +200,26 @@ def test_the_tail_of_an_old_block_shows_where_the_next_one_is_carved(tmp_path: P
     assert report.devices[0].equal_final_state
 
 
+def test_a_tail_that_nothing_shows_is_found_where_pytorch_passes_over_the_idle_block_behind(tmp_path: Path) -> None:
+    device = RecordedDevice(MADE_UP[0], seed=12)
+    device.run(12, 600, mixed_sizes)
+    report = replay(tmp_path, device.snapshot(cut=int(0.4 * len(device.history))))
+    assert report.is_equal
+    assert report.devices[0].equal_final_state
+    assert "only PyTorch's later choices show" in report.devices[0].notes[0]
+
+
+@pytest.mark.parametrize(
+    "chosen", [AllocatorSettings(max_split_size_mb=128), AllocatorSettings(roundup_power2_divisions=8)]
+)
+def test_settings_that_an_old_snapshot_does_not_tell_are_found(tmp_path: Path, chosen: AllocatorSettings) -> None:
+    device = RecordedDevice(chosen)
+    device.run(5, 400, lambda choose: choose.choice([mixed_sizes(choose), choose.randint(1, 300 * MIB)]))
+    report = replay(tmp_path, device.snapshot(with_settings=False))
+    assert report.is_equal
+    assert f"these explain every choice: {chosen}" in report.devices[0].notes[-1]
+
+
 def test_a_difference_is_found_counted_once_and_explained(tmp_path: Path) -> None:
     device = RecordedDevice()
     first = device.malloc(1024)
