@@ -40,8 +40,14 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
     with matplotlib.rc_context(STYLE):
         figure = SuiteFigure(figsize=(6.3, 5.6), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True)
+        n_forecasts = 0
         for index, curve in enumerate(curves):
-            _draw_memory(above, below, curve, ruler, _MARKERS[index % len(_MARKERS)])
+            if curve.kind == "forecast":
+                look = _forecast_look(n_forecasts)
+                n_forecasts += 1
+            else:
+                look = {"marker": _MARKERS[index % len(_MARKERS)]}
+            _draw_memory(above, below, curve, ruler, look)
         above.set_ylabel("memory (MiB)")
         below.set_ylabel("growth since loading (MiB)")
         below.set_xlabel("context length (tokens)")
@@ -64,21 +70,27 @@ def _in_words(curve: Curve) -> str:
     )
 
 
-def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, marker: str) -> None:
+def _forecast_look(index: int) -> dict[str, Any]:
+    """Colour and width of the n-th solid line: told apart without colour, too."""
+    colors = (COLORS["allocated"], COLORS["activations"], COLORS["slack large"])
+    return {"color": colors[index % len(colors)], "linewidth": 0.9 + 0.9 * (index % 4)}
+
+
+def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, own_look: dict[str, Any]) -> None:
     column = memory_column(curve)
     table = curve.table[curve.table[column].notna()]
     tokens = _tokens_of(table, ruler)
     memory = table[column].to_numpy(float)
     label = f"{curve.label or 'unnamed'}, {_COLUMN_NAMES[column]}"
-    look: dict[str, Any] = {"color": COLORS["used"]}
+    look: dict[str, Any] = {"color": COLORS["used"], **own_look}
     if curve.kind == "measured":
-        look |= {"marker": marker, "markersize": 4, "linewidth": 0.8, "linestyle": ":"}
+        look |= {"markersize": 4, "linewidth": 0.8, "linestyle": ":"}
         label += " (measured)"
     elif curve.kind == "forecast":
-        look |= {"color": COLORS["allocated"], "drawstyle": "steps-post"}
+        look |= {"drawstyle": "steps-post"}
         label += " (forecast)"
     else:
-        look |= {"marker": marker, "markersize": 6, "linestyle": "none", "markerfacecolor": "white"}
+        look |= {"markersize": 6, "linestyle": "none", "markerfacecolor": "white"}
         label += " (reported)"
     if curve.kind != "reported":
         above.plot(tokens, memory, label=label, **look)

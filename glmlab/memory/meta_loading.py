@@ -21,7 +21,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from glmlab.memory.allocation_trace import WARM_UP, TraceError
 from glmlab.memory.recorder import META, Recorder
-from glmlab.models.loading import _quantization_config
+from glmlab.models.loading import quantization_config_of
 from glmlab.models.sizes import BLOCK_4BIT, FLOAT_PRECISIONS, component_of, quantized_linears
 
 OWNER_OF_COMPONENT = {
@@ -122,7 +122,7 @@ def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
     """The quantiser of transformers, with the model's linear layers replaced, or None."""
-    settings = _quantization_config(precision, dtype)
+    settings = quantization_config_of(precision, dtype)
     if settings is None:
         return None
     if precision == "int4":

@@ -346,7 +346,8 @@ def _misfits_for_4bit(skeleton: nn.Module) -> list[str]:
     ]
 
 
-def _quantization_config(precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def quantization_config_of(precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return how bitsandbytes quantises for a precision; None for one that is a dtype."""
     if precision == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     if precision == "int4":
@@ -361,7 +362,7 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
             config=config,
             dtype=dtype,
             device_map={"": device},
-            quantization_config=_quantization_config(precision, dtype),
+            quantization_config=quantization_config_of(precision, dtype),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -419,7 +420,7 @@ def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     kept = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
     replace_with_bnb_linear(
-        model, modules_to_not_convert=kept, quantization_config=_quantization_config(precision, dtype)
+        model, modules_to_not_convert=kept, quantization_config=quantization_config_of(precision, dtype)
     )
     for module in list(model.modules()):
         for key, parameter in list(module._parameters.items()):
