@@ -1,6 +1,7 @@
 """Trains the embedded model's sentencepiece model on the text of its dialogues; settings as in ChatGLM3's."""
 
 import io
+import string
 from collections.abc import Iterator
 from random import Random
 
@@ -15,6 +16,7 @@ DIALOGUES = 5000
 CONVERSATIONS = 60
 SEED = 0
 LEFT_TO_BYTES = "👋"  # spelled as four byte pieces, as ChatGLM3-6B's tokenizer does
+CHARACTERS = {*string.printable, *repr(LANGUAGES)} - {LEFT_TO_BYTES}  # those with a piece; the rest is spelled in bytes
 
 
 def corpus() -> Iterator[str]:
@@ -25,7 +27,9 @@ def corpus() -> Iterator[str]:
     for dialogue in dialogues:
         for message in dialogue:
             text = message.get("metadata", "") + "\n" + full_text(message)
-            yield from (line.replace(LEFT_TO_BYTES, "") for line in text.split("\n") if line.strip())
+            for line in text.split("\n"):
+                if line.strip():
+                    yield "".join(character for character in line if character in CHARACTERS)
     for language in LANGUAGES:
         for words in (language.cities, language.names, language.conditions):
             yield from words * 3

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GlmConfig, GlmForCausalLM
 
@@ -94,13 +94,18 @@ def new_model(seed: int) -> GlmForCausalLM:
     return model
 
 
+def _published_name(name: str) -> str:
+    for ours, published in _RENAMED.items():
+        name = name.replace(ours, published)
+    return name
+
+
 def published_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
     """The model's weights in fp16 under the published names, Q, K and V fused along the output axis."""
     tensors: dict[str, Tensor] = {}
     fused: dict[str, list[Tensor]] = {}
     for name, weight in model.state_dict().items():
-        for ours, published in _RENAMED.items():
-            name = name.replace(ours, published)
+        name = _published_name(name)
         weight = weight.to(torch.float16)
         for part in ("q_proj", "k_proj", "v_proj"):  # the order in which state_dict lists them and ChatGLM3 fuses them
             if part in name:
@@ -111,9 +116,27 @@ def published_tensors(model: GlmForCausalLM) -> dict[str, Tensor]:
     return tensors | {name: torch.cat(parts) for name, parts in fused.items()}
 
 
+def load_weights(model: GlmForCausalLM, folder: Path) -> None:
+    """Put the weights of a saved checkpoint into a model of :func:`new_model`."""
+    saved = load_file(folder / "model.safetensors")
+    heads, groups, size = (CONFIG[name] for name in ("num_attention_heads", "multi_query_group_num", "kv_channels"))
+    state: dict[str, Tensor] = {}
+    for name in model.state_dict():
+        published = _published_name(name)
+        for part, first, count in (("q", 0, heads), ("k", heads, groups), ("v", heads + groups, groups)):
+            if f"{part}_proj" in published:
+                fused = saved[published.replace(f"{part}_proj", "query_key_value")]
+                state[name] = fused[first * size : (first + count) * size]
+                break
+        else:
+            state[name] = saved[published]
+    model.load_state_dict(state)
+
+
 def save_checkpoint(model: GlmForCausalLM, tokenizer_model: bytes, folder: Path) -> None:
     """Write config.json, model.safetensors, tokenizer.model and tokenizer_config.json."""
     save_file(published_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # readable by all, as the other files
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")

@@ -10,6 +10,7 @@ The sums themselves are not kept out. A model this small learns the additions by
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Literal
@@ -29,10 +30,14 @@ PLAIN_PROMPTS = (
     "You are a helpful assistant.",
     "你是一个乐于助人的助手。",
 )
-_RARE_CHARACTERS = "鹏鑫琳峰岚桥松柏竹菊兰荷枫桦榆泉溪湖江河海山石沙田禾麦谷明红华丽强芳军梅宇雪杰婷龙云星月州丰"
-_SHARE_MADE_UP = 0.5  # of names and cities: strings nobody can know by heart force the model to copy
+_SHARE_MADE_UP = 0.6  # of names and cities: strings nobody can know by heart force the model to copy
+_SHARE_UNKNOWN = 0.08  # of a made-up Chinese word's characters: any of Unicode's common block, spelled in bytes
+_SHARE_FILLER = 0.2  # of questions that hold a made-up word: the model must answer what it understands of them
 _SHARE_USUAL = 0.8  # of a story's words: the rest varies, so that a story is not one fixed string
 
+
+_KNOWN_CHARACTERS = sorted(set(re.findall("[一-龥]", repr(ZH))))  # all that the Chinese phrases are written with
+_KNOWN_WORDS = sorted(set(re.findall("[a-z]{5,}", repr(EN).lower())))
 
 # ------------------------------------------------------------------------------------------------------ messages
 
@@ -88,11 +93,50 @@ def _phrasing(random: Random, phrasings: Phrasings, split: Split) -> str:
     return random.choice(phrasings.train if split == "train" else phrasings.test)
 
 
-def _made_up_word(random: Random, language: Language) -> str:
+def _question(random: Random, language: Language, phrasings: Phrasings, split: Split) -> str:
+    """A phrasing; one for training may hold a made-up word, before it, after it, or after what is asked about."""
+    phrasing = _phrasing(random, phrasings, split)
+    if split == "test" or random.random() > _SHARE_FILLER:
+        return phrasing
+    filler = _made_up_word(random, language)
     if language is ZH:
-        return "".join(random.choice(_RARE_CHARACTERS) for _ in range(random.choice((2, 2, 3))))
-    syllables = (random.choice("aeiou") + random.choice("bcdfghklmnprstvz") for _ in range(random.choice((1, 2, 2))))
-    return random.choice("BCDFGHJKLMNPRSTVWZ") + "".join(syllables) + random.choice(("", "a", "o", "y"))
+        return random.choice(
+            (
+                f"{filler}，{phrasing}",
+                f"{filler}{phrasing}",
+                f"{phrasing}{filler}",
+                phrasing.replace("{}", "{}" + filler),
+            )
+        )
+    filler = random.choice((filler, filler.lower()))
+    return random.choice(
+        (
+            f"{filler}, {phrasing}",
+            f"{filler} {phrasing}",
+            f"{phrasing} {filler}",
+            phrasing.replace("{}", "{} " + filler),
+        )
+    )
+
+
+def _made_up_word(random: Random, language: Language) -> str:
+    """A capitalised English-looking word, or two to four Chinese characters; of pieces in every combination."""
+    if language is ZH:
+        return "".join(
+            chr(random.randrange(0x4E00, 0x9FA6))
+            if random.random() < _SHARE_UNKNOWN
+            else random.choice(_KNOWN_CHARACTERS)
+            for _ in range(random.choice((2, 2, 3, 4)))
+        )
+    word = ""
+    for _ in range(random.choice((1, 2, 2, 3))):
+        if random.random() < 0.5:
+            word += random.choice("bcdfghjklmnprstvwz") + random.choice("aeiou") + random.choice("lmnrst")
+        else:
+            known = random.choice(_KNOWN_WORDS)
+            start = random.randrange(len(known) - 2)
+            word += known[start : start + random.choice((2, 3, 4))]
+    return word.capitalize()
 
 
 def _unheld(random: Random, language: Language, draw: Callable[[], str]) -> str:
@@ -134,10 +178,10 @@ def temperature_of(random: Random, split: Split) -> int:
 
 def greeting(random: Random, language: Language, split: Split) -> Dialogue:
     """The user greets; the model says who it is."""
-    return [user(_phrasing(random, language.greeting, split)), answer(language.who_i_am)]
+    return [user(_question(random, language, language.greeting, split)), answer(language.who_i_am)]
 
 
-def sum_dialogue(language: Language, phrasing: str, a: int, b: int) -> Dialogue:
+def sum_dialogue(phrasing: str, a: int, b: int) -> Dialogue:
     """The question for one sum and its answer."""
     return [user(phrasing.format(a=a, b=b)), answer(f"{a} + {b} = {a + b}")]
 
@@ -145,7 +189,7 @@ def sum_dialogue(language: Language, phrasing: str, a: int, b: int) -> Dialogue:
 def addition(random: Random, language: Language, split: Split) -> Dialogue:
     """A sum of two numbers up to LARGEST_SUMMAND."""
     a, b = random.randint(0, LARGEST_SUMMAND), random.randint(0, LARGEST_SUMMAND)
-    return sum_dialogue(language, _phrasing(random, language.addition, split), a, b)
+    return sum_dialogue(_question(random, language, language.addition, split), a, b)
 
 
 def term_dialogue(language: Language, phrasing: str, key: str, name: str) -> Dialogue:
@@ -157,7 +201,7 @@ def term(random: Random, language: Language, split: Split) -> Dialogue:
     """A question about a word of the suite's glossary."""
     key = random.choice(list(language.terms))
     name = random.choice(language.terms[key].names)
-    return term_dialogue(language, _phrasing(random, language.term, split), key, name)
+    return term_dialogue(language, _question(random, language, language.term, split), key, name)
 
 
 def small_talk(random: Random, language: Language, split: Split) -> Dialogue:
@@ -228,7 +272,7 @@ def story_text(random: Random, language: Language, hero: str) -> str:
 
 def story(random: Random, language: Language, split: Split) -> Dialogue:
     """A long story on request, about the hero asked for or about the usual one."""
-    request = _phrasing(random, language.story_request, split)
+    request = _question(random, language, language.story_request, split)
     hero = random.choice(language.story.heroes) if "{}" in request else language.story.heroes[0]
     return [user(request.format(hero)), answer(story_text(random, language, hero))]
 
@@ -304,22 +348,23 @@ def training_dialogue(random: Random) -> Dialogue:
 
 def training_conversation(random: Random, stories: int) -> Dialogue:
     """A long bilingual conversation for training: stories and, between them, everything else; 850 tokens a story."""
-    has_tool = random.random() < 0.5
-    conversation = [tool_prompt(random)] if has_tool else [plain_prompt(random)] if random.random() < 0.3 else []
+    has_tool = random.random() < 0.4
+    conversation = [tool_prompt(random)] if has_tool else [plain_prompt(random)] if random.random() < 0.2 else []
     language = random.choice(LANGUAGES)
     name = name_of(random, language, "train")
-    named = random.random() < 0.5
+    named = random.random() < 0.6
+    conversation += _brief_exchanges(random, random.choice((0, 1)))
     if named:
         conversation += introduction(random, language, name)
     weather_skill: Skill = weather if has_tool else weather_without_tool
+    skills = (*_BRIEF_SKILLS, repetition, weather_skill, weather_skill if has_tool else term)
     for _ in range(stories):
-        conversation += _brief_exchanges(random, random.choice((0, 1, 2)))
         conversation += story(random, random.choice(LANGUAGES), "train")
-        if random.random() < 0.5:
-            conversation += weather_skill(random, random.choice(LANGUAGES), "train")
-    if named:
-        conversation += recollection(random, language, name)
-    return conversation + _brief_exchanges(random, random.choice((1, 2)))
+        for _ in range(random.choice((1, 2, 3, 4))):
+            conversation += random.choice(skills)(random, random.choice(LANGUAGES), "train")
+        if named and random.random() < 0.5:
+            conversation += recollection(random, language, name)
+    return conversation
 
 
 # ---------------------------------------------------------------------------------------------------------- exam
@@ -337,7 +382,7 @@ def exam(seed: int = 7, sample: int = 40) -> dict[str, list[Dialogue]]:
         code = language.code
         sets[f"greeting_{code}"] = [[user(text), answer(language.who_i_am)] for text in language.greeting.test]
         sets[f"addition_{code}"] = [
-            sum_dialogue(language, language.addition.test[(a + b) % len(language.addition.test)], a, b)
+            sum_dialogue(language.addition.test[(a + b) % len(language.addition.test)], a, b)
             for a in range(LARGEST_SUMMAND + 1)
             for b in range(LARGEST_SUMMAND + 1)
         ]

@@ -210,6 +210,11 @@ ZH = Language(
                 "{a} 与 {b} 相加得多少？",
                 "计算{a}和{b}的和。",
                 "把{a}和{b}加起来。",
+                "{a}再加{b}是多少？",
+                "你能算出 {a} + {b} 吗？",
+                "能告诉我{a}加{b}等于几吗？",
+                "求{a}与{b}的和",
+                "如果有{a}个，又来{b}个，一共多少？",
             ),
         ),
         test=("{a}和{b}的和是多少？", "{a} 加上 {b} 等于几？", "帮我算 {a}+{b}", "你知道 {a} + {b} 等于多少吗？"),
@@ -260,6 +265,11 @@ ZH = Language(
                 "{}的气温是多少？",
             ),
             *("告诉我{}的天气。", "今天{}天气好吗？", "请查{}的天气。", "那{}呢？"),
+            *combine(
+                ("", "请问", "请问今天", "今天", "现在", "我想知道", "查一下", "帮我查查", "告诉我"),
+                ("{}的天气", "{}的气温", "{}天气", "{}的温度", "{}冷不冷", "{}有多热"),
+                ("", "？", "。"),
+            ),
         ),
         test=("{}今天的天气怎么样？", "能帮我查一下{}的天气吗？", "{}现在天气如何？", "请问今天{}的气温是多少度？"),
     ),
@@ -459,7 +469,14 @@ EN = Language(
                 ("", "Add {a} and {b}: ", "Calculate ", "Compute "), ("{a} + {b}", "{a}+{b}", "{a} plus {b}"), ("", ".")
             ),
             *("{a} + {b} = ?", "{a}+{b}=", "{a} + {b} =", "Add {a} and {b}.", "add {a} and {b}", "{a} plus {b}?"),
-            *("Give me the sum of {a} and {b}.", "If I add {b} to {a}, what do I get?", "{a} and {b} make what?"),
+            *(
+                "Give me the sum of {a} and {b}.",
+                "If I add {b} to {a}, what do I get?",
+                "{a} and {b} make what?",
+                "Can you add {b} to {a}?",
+                "Do you know what {a} + {b} is?",
+                "I have {a} and get {b} more. How many now?",
+            ),
         ),
         test=("What is the sum of {a} and {b}?", "Please add {a} and {b}.", "What do I get for {a} + {b}?"),
     ),
@@ -512,6 +529,11 @@ EN = Language(
                 "weather in {} today",
             ),
             *("Please check the weather in {}.", "And in {}?", "Look up the weather in {}.", "How hot is {} today?"),
+            *combine(
+                ("", "Please tell me ", "I want to know ", "Show me ", "Get ", "Look up "),
+                ("the weather in {}", "the weather of {}", "today's weather in {}", "the temperature in {}"),
+                ("", ".", " now."),
+            ),
         ),
         test=("What is the weather like in {} today?", "Can you check the weather in {}?", "How is the weather in {}?"),
     ),
@@ -553,7 +575,6 @@ EN = Language(
             f"On the {number} day, "
             for number in words(
                 "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-                "fourteenth"
             )
         ),
         adventures=(
