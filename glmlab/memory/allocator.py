@@ -327,6 +327,12 @@ class CachingAllocator:
         block = self.block_at(address)
         return None if block is None or block.mapped else block
 
+    def is_vacant(self, address: int, size: int) -> bool:
+        """Whether no segment lies in a range."""
+        after = bisect.bisect_left(self._head_order, address)
+        is_before_next = after == len(self._head_order) or self._head_order[after] >= address + size
+        return is_before_next and self.block_at(address) is None
+
     def pool_at(self, address: int) -> Pool | None:
         """Return the pool that owns the segment next below an address, or None."""
         head = self._head_at(address)

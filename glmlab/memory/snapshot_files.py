@@ -179,6 +179,8 @@ def _segment(entry: Any, where: str) -> SegmentRecord:
 def _event(entry: Any, where: str) -> Event:
     if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
         raise _WrongShapeError(f"{where} has no 'action'")
+    if _int(entry, "size", where, 0) < 0:
+        raise _WrongShapeError(f"{where} has a negative size")
     return Event(
         entry["action"],
         _int(entry, "addr", where, 0),

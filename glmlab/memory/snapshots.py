@@ -8,8 +8,7 @@ choice, so that one difference is counted once.
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from glmlab.memory.allocator import Block, CachingAllocator, Pool
 from glmlab.memory.settings import (
@@ -27,6 +26,7 @@ from glmlab.memory.snapshot_files import (
     SnapshotError,
     read_snapshot,
 )
+from glmlab.memory.snapshot_report import DeviceReport, ReplayReport
 from glmlab.memory.snapshot_start import Owner, StartState, state_before
 from glmlab.units import format_bytes
 
@@ -34,81 +34,6 @@ __all__ = ["DeviceReport", "ReplayReport", "Snapshot", "SnapshotError", "read_sn
 
 _SEGMENT_ACTIONS = {"segment_alloc", "segment_free", "segment_map", "segment_unmap"}
 _OTHER_ACTIONS = {"alloc", "free_requested", "free_completed", "oom", "snapshot", "user_defined"}
-
-
-@dataclass
-class DeviceReport:
-    """What was compared on one GPU; ``notes`` says what could not be compared, and why."""
-
-    device: int
-    allocations: int = 0
-    equal_addresses: int = 0
-    segments: int = 0
-    equal_segments: int = 0
-    first_difference: str | None = None
-    equal_final_state: bool = False
-    notes: list[str] = field(default_factory=list)
-    allocator: CachingAllocator | None = field(default=None, repr=False)
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether every address and every segment event is the allocator's choice."""
-        return self.allocations == self.equal_addresses and self.segments == self.equal_segments
-
-    def note(self, text: str) -> None:
-        """Add a note, each one once."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def differs(self, index: int, text: str) -> None:
-        """Keep the first difference only."""
-        if self.first_difference is None:
-            self.first_difference = f"device {self.device}, event {index}: {text}"
-
-
-@dataclass(frozen=True)
-class ReplayReport:
-    """The comparison, device by device and in sum."""
-
-    devices: tuple[DeviceReport, ...]
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether every address and every segment event is the allocator's choice."""
-        return all(device.is_equal for device in self.devices)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what ``glmlab replay --json`` prints."""
-        sums = {
-            key: sum(getattr(device, key) for device in self.devices)
-            for key in ("allocations", "equal_addresses", "segments", "equal_segments")
-        }
-        first = next((d.first_difference for d in self.devices if d.first_difference), None)
-        devices = [
-            {
-                "device": d.device,
-                "allocations": d.allocations,
-                "equal_addresses": d.equal_addresses,
-                "segments": d.segments,
-                "equal_segments": d.equal_segments,
-                "first_difference": d.first_difference,
-                "equal_final_state": d.equal_final_state,
-                "notes": d.notes,
-            }
-            for d in self.devices
-        ]
-        return {**sums, "first_difference": first, "devices": devices}
-
-    def __str__(self) -> str:
-        lines = []
-        for d in self.devices:
-            lines.append(
-                f"device {d.device}: {d.equal_addresses} of {d.allocations} addresses and {d.equal_segments} of "
-                f"{d.segments} segment events equal; final state {'equal' if d.equal_final_state else 'differs'}"
-            )
-            lines += [f"  first difference: {d.first_difference}"] if d.first_difference else []
-            lines += [f"  note: {note}" for note in d.notes]
-        return "\n".join(lines)
 
 
 def replay_snapshot(snapshot: Snapshot) -> ReplayReport:
@@ -196,30 +121,40 @@ class _Forward:
     def run(self, final: Sequence[SegmentRecord]) -> None:
         """Go through all events, then compare the state at the end."""
         for i, event in enumerate(self.events):
-            if event.action in _SEGMENT_ACTIONS:
-                self.pending.append(i)
-            elif event.action == "alloc":
-                self._allocate(i, event)
-            elif event.action == "free_completed":
-                self._driver_events(None, 0)
-                self._free(i, event)
-            elif event.action == "oom":
-                size = self.settings.round_size(event.size)
-                self._driver_events(self.allocator.pool(size, event.stream), size)
+            try:
+                self._step(i, event)
+            except (AllocatorError, LookupError) as error:
+                rest = sum(event.action == "alloc" for event in self.events[i:])
+                self.report.allocations += rest
+                self.report.differs(i, f"contradicts the events before it ({error})")
+                self.report.note(
+                    f"event {i} contradicts those before it: {rest} allocations from there on not compared"
+                )
+                return
         self._driver_events(None, 0)
         self._compare_end(final)
 
+    def _step(self, i: int, event: Event) -> None:
+        if event.action in _SEGMENT_ACTIONS:
+            self.pending.append(i)
+        elif event.action == "alloc":
+            self._allocate(i, event)
+        elif event.action == "free_completed":
+            self._driver_events(None, 0)
+            self._free(i, event)
+        elif event.action == "oom":
+            size = self.settings.round_size(event.size)
+            self._driver_events(self.allocator.pool(size, event.stream), size)
+
     def _restore(self) -> None:
-        heads = [
-            self.allocator.add_segment(self._pool(owner), address, size)
-            for address, (size, owner) in self.start.segments.items()
-        ]
+        added = [self._add_segment(owner, at, size) for at, (size, owner) in sorted(self.start.segments.items())]
+        heads = [head for head in added if head is not None]
         for owner, ranges in self.start.mapped.items():
             if not ranges:
                 continue
             head = self.allocator.add_expandable(self._pool(owner), self._base(owner, ranges))
             for begin, end in ranges:
-                self.allocator.map(begin, end - begin)
+                self._map(begin, end - begin)
             heads.append(head)
         order = sorted(heads, key=lambda head: head.address)
         addresses = [head.address for head in order]
@@ -359,8 +294,14 @@ class _Forward:
                 else:
                     ours = f"asks for {asks} B" if idle is None else f"has the idle block {idle.address:#x}"
                     self.report.differs(index, f"PyTorch takes a segment of {event.size} B, the replay {ours}")
-            block = self.allocator.add_segment(self._pool(owner), event.address, event.size)
+            block = self._add_segment(owner, event.address, event.size)
         return block
+
+    def _add_segment(self, owner: Owner, address: int, size: int) -> Block | None:
+        if not self.allocator.is_vacant(address, size):
+            self.report.note(f"a segment at {address:#x} lies over another one: the history has gaps")
+            return None
+        return self.allocator.add_segment(self._pool(owner), address, size)
 
     def _mapped(self, run: list[int], pool: Pool | None, size: int) -> Block | None:
         """Compare the ranges mapped for one request with the allocator's plan."""
@@ -384,11 +325,15 @@ class _Forward:
                     ours = f"maps {plan[n][1]} B at {plan[n][0]:#x}" if n < len(plan) else "maps nothing more"
                     theirs = f"maps {event.size} B at {event.address:#x}"
                     self.report.differs(index, f"PyTorch {theirs}, the replay {ours}")
-            try:
-                block = self.allocator.map(event.address, event.size)
-            except AllocatorError:
-                self.report.note(f"event {index} maps memory that is mapped already: the history has gaps")
+            block = self._map(event.address, event.size)
         return block
+
+    def _map(self, address: int, n_bytes: int) -> Block | None:
+        try:
+            return self.allocator.map(address, n_bytes)
+        except AllocatorError:
+            self.report.note(f"memory at {address:#x} is mapped twice: the history has gaps")
+            return None
 
     def _plan(self, pool: Pool, size: int) -> list[tuple[int, int]]:
         expansion = None if self.allocator.find(pool, size) else self.allocator.expansion(pool, size)
@@ -446,4 +391,4 @@ def _in_order(expected: Sequence[tuple[int, int]], found: Sequence[tuple[int, in
     """Return the expected ranges that come, among all expected ones found, at their place in the order."""
     theirs = [one for one in found if one in set(expected)]
     ours = [one for one in expected if one in set(found)]
-    return [a for a, b in zip(ours, theirs, strict=True) if a == b]
+    return [a for a, b in zip(ours, theirs, strict=False) if a == b]
