@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install notebooks test lint format refresh lab doctor embedded-model clean
+.PHONY: help install notebooks test lint format refresh lab doctor bench embedded-model clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in f
 
 refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
 	$(BIN)/glmlab notebooks --in-place
-	cp figures/memory_vs_context.png data/figures/
+	cp figures/memory_vs_context.png figures/why_the_curve_bends.png data/figures/
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
@@ -42,6 +42,9 @@ format: $(INSTALLED)  ## format code and notebooks
 
 doctor: $(INSTALLED)  ## say what works on this machine
 	$(BIN)/glmlab doctor
+
+bench: $(INSTALLED)  ## print what the suite's own code costs, as ratios; build/bench.json keeps them
+	$(BIN)/glmlab bench
 
 embedded-model: $(INSTALLED)  ## train the embedded model anew (30 minutes on two cores)
 	$(BIN)/python data/tiny-chatglm3/recipe/train.py

@@ -1,5 +1,6 @@
 """The command line, run as users run it: real processes, real model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def test_help_names_every_command_and_loads_no_torch():
         "import sys; from glmlab.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("chat", "record", "notebooks", "doctor"):
+    for command in ("chat", "record", "forecast", "replay", "compare", "notebooks", "doctor"):
         assert command in shown
     assert shown.endswith("False\n")
 
@@ -68,6 +69,13 @@ def test_a_recording_lands_where_it_is_asked_for(tmp_path):
         (["chat", "--model", "no/such/model/here"], "glmlab: 'no/such/model/here' is neither 'embedded'"),
         (["chat", "--precision", "int2"], "glmlab: precision='int2' is not known"),
         (["record", "x.csv", "--conversation", "nowhere.json"], "glmlab: nowhere.json is not there"),
+        (["forecast"], "glmlab: give either a model or --trace NAME"),
+        (["forecast", "misspelt"], "glmlab: no config for 'misspelt'"),
+        (["forecast", "chatglm3-6b", "--tokens", "9000"], "glmlab: the turns reach 9,000 tokens, but chatglm3-6b"),
+        (["forecast", "chatglm3-6b", "--turns", "30-500"], "glmlab: turns: '30-500' is not prompt:generated"),
+        (["forecast", "chatglm3-6b", "--card", "RTX 9999"], "glmlab: "),
+        (["replay", "nowhere.pickle"], "glmlab: nowhere.pickle"),
+        (["compare"], "glmlab: nothing to compare"),
         (["notebooks", "--folder", "nowhere"], "glmlab: nowhere holds no notebooks"),
         (["notebooks", "99"], "glmlab: '99' names no notebook of notebooks"),
         (["notebooks", "04", "-p", "precision"], "glmlab: parameter 'precision' is not name=value"),
@@ -81,6 +89,45 @@ def test_errors_are_one_line_and_exit_code_two(monkeypatch, capsys, arguments, m
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+ORIGINAL = ["forecast", "--trace", "chatglm3-6b-original-int4", "--turns", "8:418,26:259"]
+
+
+def test_a_forecast_is_printed_saved_drawn_and_explained(tmp_path):
+    table, figure = tmp_path / "curve.csv", tmp_path / "figures" / "curve.svg"
+    result = CliRunner().invoke(app, [*ORIGINAL, "--explain", "--csv", str(table), "--figure", str(figure)])
+    assert result.exit_code == 0
+    assert "after loading" in result.stdout
+    assert "small pool, for" in result.stdout
+    curve = read_curve(table)
+    assert curve.kind == "forecast"
+    assert {"step", "turn", "context_tokens", "allocated_mib", "reserved_mib", "used_mib"} <= set(curve.table.columns)
+    assert curve.table["reserved_mib"].iloc[[0, 2, 418]].tolist() == [4584, 4590, 4612]
+    assert figure.read_text().startswith("<?xml")
+
+
+def test_a_forecast_as_json():
+    result = CliRunner().invoke(app, [*ORIGINAL, "--json"])
+    last = json.loads(result.stdout)
+    assert last["step"] == 418 + 259
+    assert last["provenance"]["cuda_context_mib"] == 119
+
+
+def test_a_real_snapshot_is_replayed(shared_data):
+    result = CliRunner().invoke(app, ["replay", str(shared_data / "gpu-snapshots" / "a.pickle"), "--json"])
+    report = json.loads(result.stdout)
+    assert report["allocations"] == report["equal_addresses"] > 1000
+    assert report["segments"] == report["equal_segments"]
+    assert report["first_difference"] is None
+
+
+def test_the_forecast_is_laid_over_a_log_of_the_chapters_form(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("".join(f"{characters}, {4700 + characters // 50}\n" for characters in range(10, 900, 30)))
+    result = CliRunner().invoke(app, ["compare", "--log", str(log)])
+    assert result.exit_code == 0
+    assert "fitted: tokens" in result.stdout
 
 
 def test_doctor_says_what_works():

@@ -73,7 +73,8 @@ def _in_words(curve: Curve) -> str:
 def _forecast_look(index: int) -> dict[str, Any]:
     """Colour and width of the n-th solid line: told apart without colour, too."""
     colors = (COLORS["allocated"], COLORS["activations"], COLORS["slack large"])
-    return {"color": colors[index % len(colors)], "linewidth": 0.9 + 0.9 * (index % 4)}
+    linewidth = 0.9 + 0.9 * (index % 4)
+    return {"color": colors[index % len(colors)], "linewidth": linewidth, "zorder": 3 - linewidth / 10}
 
 
 def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, own_look: dict[str, Any]) -> None:
