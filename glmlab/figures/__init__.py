@@ -6,6 +6,7 @@ as a solid line, what others reported as hollow markers; a memory component has 
 
 from glmlab.figures.forecast import component_chart, components, pool_map
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
+from glmlab.figures.prompts import format_figure, growth_figure, printable, prompt_figure, roles_figure
 from glmlab.figures.style import COLORS, FORMATS, STYLE, FigureError, SuiteFigure, save_figure
 
 __all__ = [
@@ -17,8 +18,13 @@ __all__ = [
     "component_chart",
     "components",
     "curves_table",
+    "format_figure",
+    "growth_figure",
     "memory_column",
     "memory_curve",
     "pool_map",
+    "printable",
+    "prompt_figure",
+    "roles_figure",
     "save_figure",
 ]

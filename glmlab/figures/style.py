@@ -4,6 +4,7 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -47,6 +48,9 @@ def register_cjk_font() -> Path:
     path = data_path("fonts", "NotoSansSC-subset.ttf")
     if not any(font.name == CJK_FAMILY for font in font_manager.fontManager.ttflist):
         font_manager.fontManager.addfont(path)
+        regular = font_manager.fontManager.ttflist[-1]
+        # bold text takes the same glyphs; without an entry of its own matplotlib logs every such text
+        font_manager.fontManager.ttflist.append(replace(regular, weight=700))
     return path
 
 
