@@ -236,6 +236,17 @@ def notebooks(
 
 
 @app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="where the ratios go, as JSON")] = Path("build/bench.json"),
+    repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,
+) -> None:
+    """Print what the suite's own code costs, as ratios of ways that take turns."""
+    from glmlab.bench import format_ratios, run_benchmarks
+
+    typer.echo(format_ratios(run_benchmarks(repetitions, out)))
+
+
+@app.command()
 def doctor() -> None:
     """Say what will and will not work on this machine."""
     from glmlab.doctor import examine

@@ -14,8 +14,8 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("models",),
     ("generation",),
     ("memory",),
-    ("structure", "figures"),
-    ("notebooks", "doctor"),
+    ("structure", "figures", "stepper"),
+    ("notebooks", "doctor", "bench"),
     ("cli",),
     ("__main__",),
 )

@@ -4,6 +4,7 @@ Nothing here knows of GPUs or models, and nothing imports torch. What was measur
 as a solid line, what others reported as hollow markers; a memory component has the same colour in every figure.
 """
 
+from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
 from glmlab.figures.forecast import component_chart, components, pool_map
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
 from glmlab.figures.prompts import format_figure, growth_figure, printable, prompt_figure, roles_figure
@@ -15,11 +16,14 @@ __all__ = [
     "STYLE",
     "FigureError",
     "SuiteFigure",
+    "candidates_chart",
     "component_chart",
     "components",
     "curves_table",
+    "decode_strip",
     "format_figure",
     "growth_figure",
+    "lens_heatmap",
     "memory_column",
     "memory_curve",
     "pool_map",

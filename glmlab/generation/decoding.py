@@ -127,7 +127,7 @@ class DecodeStep:
         """
         if self.chosen_probability is None:
             raise DecodeError("Keep(top_k=0) keeps no probabilities. Ask for at least Keep(top_k=1).")
-        return tuple((-torch.log2(self.chosen_probability)).tolist())
+        return tuple((-torch.log2(self.chosen_probability) + 0.0).tolist())  # + 0.0: no minus before a zero
 
 
 def context_limit(config: Any) -> int:
