@@ -20,6 +20,8 @@ _HOMES = {  # public name -> module that defines it
     "encode_chat": "generation.prompts",
     "decode_steps": "generation.decoding",
     "ChatSession": "generation.chat",
+    "class_graph": "structure.live",
+    "source_class_graph": "structure.source",
 }
 
 __all__ = list(_HOMES)

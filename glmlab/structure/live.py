@@ -1,0 +1,195 @@
+"""Class graphs of live classes: bases from ``__mro__``, parts from the module tree, builders from the registry."""
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from glmlab.models.loading import LoadedModel
+from glmlab.structure.graph import (
+    Arrow,
+    ClassGraph,
+    ClassNode,
+    Member,
+    Members,
+    NodeKind,
+    Part,
+    StructureError,
+    build_graph,
+    standard_library,
+)
+
+_LEAF_PACKAGES = ("torch", "bitsandbytes", "transformers.activations")
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def class_graph(
+    model_or_class: Any,
+    *,
+    depth: int | None = None,
+    members: Members = "calls",
+    include: str | Sequence[str] | None = None,
+) -> ClassGraph:
+    """Read the class graph of a model or a class as Python sees it.
+
+    Of a class: everything in its MRO. Of a model, moreover: the classes of its parts with attribute and count, read
+    from the module tree; layers of PyTorch itself stay attributes. Of a class that transformers' Auto classes build,
+    moreover: the Auto side, from ``model_type`` to the class.
+
+    Args:
+        model_or_class: a class, a module, or what ``load_model`` gives. A class alone has no parts: a skeleton from
+            :func:`glmlab.models.loading.build_skeleton` has them at no cost in memory.
+        depth: most steps away from the class, along bases, parts and builders; None for everything.
+        members: "calls" (what a user calls), "public", "all", "none", or a list of names.
+        include: shell patterns of class names, such as ``"Glm*"``.
+
+    Raises:
+        StructureError: neither a class nor a module, a negative depth, a pattern that matches nothing.
+
+    Example:
+        >>> from transformers import GlmForCausalLM
+        >>> graph = class_graph(GlmForCausalLM)
+        >>> graph.definers("generate"), graph.classes["GenerationMixin"].kind
+        (('GenerationMixin',), 'mixin')
+    """
+    model = model_or_class.model if isinstance(model_or_class, LoadedModel) else model_or_class
+    if isinstance(model, nn.Module):
+        root: type = type(model)
+    elif isinstance(model, type):
+        root = model
+    else:
+        raise StructureError(
+            f"{type(model).__name__} {str(model)[:60]!r} is neither a class nor a module. Give a class, a model, or "
+            "what load_model returns."
+        )
+    parts = _parts(model) if isinstance(model, nn.Module) else {}
+    builders, registered = _auto_side(root)
+    classes = _with_ancestors([root, *parts, *builders])
+    names = _unique_names(classes)
+    nodes = [
+        ClassNode(
+            name=names[cls],
+            module=cls.__module__,
+            bases=tuple(names[base] for base in cls.__bases__ if base is not object),
+            mro=tuple(names[above] for above in cls.__mro__ if above is not object),
+            members=tuple(_members(cls)),
+            parts=tuple(
+                Part(attribute, names.get(part_class, _plain_name(part_class)), at_least, at_most)
+                for (attribute, part_class), (at_least, at_most) in parts.get(cls, {}).items()
+            ),
+            kind=_kind(cls),
+        )
+        for cls in classes
+    ]
+    builds = [Arrow("builds", names[maker], names[made], label) for maker, made, label in registered]
+    graph = build_graph(nodes, [names[root]], builds)
+    return graph.select(depth=depth, include=include, members=members)
+
+
+def _with_ancestors(classes: Iterable[type]) -> list[type]:
+    """The classes and all they inherit from but object, each once, in order of look-up."""
+    return list(dict.fromkeys(above for cls in classes for above in cls.__mro__ if above is not object))
+
+
+def _plain_name(cls: type) -> str:
+    return f"nn.{cls.__qualname__}" if cls.__module__.startswith("torch.nn.") else cls.__qualname__
+
+
+def _unique_names(classes: Sequence[type]) -> dict[type, str]:
+    """Plain names; two classes of one name are told apart by their modules."""
+    uses = Counter(_plain_name(cls) for cls in classes)
+    return {
+        cls: _plain_name(cls) if uses[_plain_name(cls)] == 1 else f"{cls.__module__}.{cls.__qualname__}"
+        for cls in classes
+    }
+
+
+def _kind(cls: type) -> NodeKind:
+    if cls.__module__.partition(".")[0] == "torch":
+        return "torch"
+    if cls.__module__.startswith("transformers.models.auto."):
+        return "auto"
+    return "outside" if standard_library(cls.__module__) or cls.__module__ == "builtins" else "class"
+
+
+def _members(cls: type) -> Iterable[Member]:
+    """Methods and properties that the class itself defines; what Python and dataclasses add is left out."""
+    for name, value in vars(cls).items():
+        abstract = bool(getattr(value, "__isabstractmethod__", False))
+        if isinstance(value, classmethod):
+            yield Member(name, "class method", abstract)
+        elif isinstance(value, staticmethod):
+            yield Member(name, "static method", abstract)
+        elif isinstance(value, (property, functools.cached_property)):
+            yield Member(name, "property", abstract)
+        elif inspect.isroutine(value):
+            # nn.Module.forward is abstract in all but name: a stand-in that raises NotImplementedError
+            unimplemented = getattr(value, "__name__", "") == "_forward_unimplemented"
+            yield Member(name, "method", abstract or unimplemented)
+
+
+_Counts = dict[tuple[str, type], tuple[int, int]]
+
+
+def _parts(model: nn.Module) -> dict[type, _Counts]:
+    """Class -> (attribute, class of the part) -> fewest and most of it in an instance; leaf classes are no keys."""
+    held: dict[type, list[Counter[tuple[str, type]]]] = {}
+    for module in model.modules():
+        if not isinstance(module, _CONTAINERS) and (module is model or not _is_leaf(type(module))):
+            counts = Counter((name, type(part)) for name, child in module.named_children() for part in _flat(child))
+            held.setdefault(type(module), []).append(counts)
+    return {
+        cls: {
+            key: (min(counts[key] for counts in instances), max(counts[key] for counts in instances))
+            for key in dict.fromkeys(key for counts in instances for key in counts)
+        }
+        for cls, instances in held.items()
+    }
+
+
+def _flat(module: nn.Module) -> Iterable[nn.Module]:
+    """The module, or what a container holds."""
+    if isinstance(module, _CONTAINERS):
+        for child in module.children():
+            yield from _flat(child)
+    else:
+        yield module
+
+
+def _is_leaf(cls: type) -> bool:
+    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for package in _LEAF_PACKAGES)
+
+
+def _auto_side(root: Any) -> tuple[list[type], list[tuple[type, type, str]]]:
+    """Auto classes that build ``root``, its config class, and who builds whom; empty where nothing is registered."""
+    config_class = getattr(root, "config_class", None)
+    if not issubclass(root, PreTrainedModel) or config_class is None:
+        return [], []
+    makers = [
+        auto
+        for auto in vars(modeling_auto).values()
+        if isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass) and _is_built(auto, config_class, root)
+    ]
+    if not makers:
+        return [], []
+    model_type = config_class.model_type
+    registered = [(maker, root, "builds") for maker in makers]
+    registered.append((config_class, root, f"model_type '{model_type}'"))
+    if CONFIG_MAPPING[model_type] is config_class:
+        registered.append((AutoConfig, config_class, f"'{model_type}'"))
+    return [*makers, config_class, AutoConfig], registered
+
+
+def _is_built(auto: Any, config_class: Any, root: type) -> bool:
+    """Whether the Auto class builds ``root`` from such a config; some list several classes for one."""
+    registry = auto._model_mapping
+    if registry is None or config_class not in registry:
+        return False
+    entry = registry[config_class]
+    return root in entry if isinstance(entry, tuple) else entry is root
