@@ -60,6 +60,7 @@ def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
         acts.set_ylim(0, below.max() * 1.35)
         for axes in figure.axes:
             axes.grid(visible=False, axis="x")
+            axes.set_axisbelow(True)
         if len(steps) <= _LABELLED_STEPS:
             acts.set_xticks(x, [drawable(text) for text in steps["text"]], rotation=90, fontsize=7, parse_math=False)
             acts.set_xlabel("token chosen by each step (the first step is the prefill)")
@@ -87,11 +88,9 @@ def _draw_survivors(axes: Axes, x: np.ndarray[tuple[int], np.dtype[np.int64]], s
         size -= 0.9  # one that lies on another shows inside it
     axes.set_yscale("log")
     top = float(steps[columns].to_numpy(float).max())
-    axes.set_ylim(0.7, top * 60)
+    axes.set_ylim(0.7, top * 3)
     axes.set_ylabel("surviving\ncandidates")
-    axes.legend(
-        ncols=6, loc="upper right", fontsize=7, handletextpad=0, columnspacing=0.6, title="behind", title_fontsize=7
-    )
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=6, fontsize=7, handletextpad=0, columnspacing=0.6)
 
 
 def _share_of_forward(steps: pd.DataFrame) -> float:
@@ -133,6 +132,7 @@ def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
             axes.plot(np.full(len(cut), 0.02), cut, linestyle="none", marker="x", markersize=4, color=COLORS["weights"])
             axes.set_title(f"{stage}\n{here['survivors'].iloc[0]:,} survive")
             axes.grid(visible=False, axis="y")
+            axes.set_axisbelow(True)
         panels[0].set_yticks(rows.index, [drawable(text) for text in rows["text"]], parse_math=False)
         panels[0].invert_yaxis()
         panels[0].set_xlim(0, min(1.0, candidates["probability"].max() * 1.08))
