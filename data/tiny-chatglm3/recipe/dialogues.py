@@ -408,13 +408,13 @@ def exam(seed: int = 7, sample: int = 40) -> dict[str, list[Dialogue]]:
     return sets
 
 
-def story_requests() -> list[Dialogue]:
-    """Every held-out story request, for every hero where it names one."""
+def story_requests() -> list[tuple[Dialogue, str]]:
+    """Every held-out story request and the hero of its story, for every hero where the request names one."""
     return [
-        [user(request.format(hero))]
+        ([user(request.format(hero))], hero)
         for language in LANGUAGES
         for request in language.story_request.test
-        for hero in (language.story.heroes if "{}" in request else ("",))
+        for hero in (language.story.heroes if "{}" in request else language.story.heroes[:1])
     ]
 
 

@@ -6,8 +6,9 @@ Three phases, fixed step counts and seeds, two cores, fp32:
    the model has never seen are not copied later.
 2. dialogues: each step reads short dialogues, extra sums, some more copying and, every third step, one long
    conversation of stories and other exchanges. Learning rates fall linearly to zero.
-3. conversations: each step reads two longer conversations and a few short dialogues, so that answers stay right
-   thousands of tokens into a chat. It starts from the saved checkpoint, so it can be run alone: ``--only-phase-3``.
+3. conversations: each step reads two longer conversations, one with a single story and a few short dialogues, so
+   that answers stay right thousands of tokens into a chat. It starts from the saved checkpoint, so it can be run
+   alone: ``--only-phase-3``.
 
 Only answers, and the token that ends them, are targets. Layer matrices are trained with Muon, the rest with AdamW.
 """
@@ -44,9 +45,10 @@ STORIES = (1, 2, 2, 3)  # in a long conversation: one of these
 STORY_FROM_TOKENS = 300  # an answer this long is a story
 STORY_WEIGHT = 0.15  # of a story's target beside any other: there are many, and they are easy
 LARGEST_POSITION = 7000
-CONVERSATION_STEPS = 150  # phase 3
-CONVERSATION_RATE = 0.3  # of the learning rates, at the start of phase 3
+CONVERSATION_STEPS = 180  # phase 3
+CONVERSATION_RATE = 0.4  # of the learning rates, at the start of phase 3
 LONGER_STORIES = (2, 3, 3, 4)
+STORY_OPENING_TOKENS = 60  # in phase 3 they weigh as any other target: they decide whom the story is about
 DIALOGUES_BESIDE = 10
 SUMS_BESIDE = 10
 MUON_RATE = 0.02
@@ -133,13 +135,16 @@ def copy_example(pieces: SentencePieceProcessor, random: Random, length: int) ->
     return Example(ids, [0.0] * (length + 2) + [1.0] * length)
 
 
-def dialogue_example(pieces: SentencePieceProcessor, dialogue: Dialogue) -> Example:
-    """A dialogue's ids; answers and the tokens that end them are targets, those of stories with less weight."""
+def dialogue_example(pieces: SentencePieceProcessor, dialogue: Dialogue, opening_tokens: int = 0) -> Example:
+    """A dialogue's ids; answers and their end tokens are targets, a story's after its opening with less weight."""
     ids, is_target = encode_dialogue(pieces, dialogue)
     weights: list[float] = []
     for target, run in groupby(is_target):
         length = len(list(run))
-        weights += [(STORY_WEIGHT if length >= STORY_FROM_TOKENS else 1.0) if target else 0.0] * length
+        if target and length >= STORY_FROM_TOKENS:
+            weights += [1.0] * opening_tokens + [STORY_WEIGHT] * (length - opening_tokens)
+        else:
+            weights += [1.0 if target else 0.0] * length
     return Example(ids, weights)
 
 
@@ -244,7 +249,8 @@ def learn_conversations(
     mean_loss = 0.0
     for step in range(CONVERSATION_STEPS):
         conversations = [
-            dialogue_example(pieces, training_conversation(random, random.choice(LONGER_STORIES))) for _ in range(2)
+            dialogue_example(pieces, training_conversation(random, stories), STORY_OPENING_TOKENS)
+            for stories in (random.choice(LONGER_STORIES), random.choice(LONGER_STORIES), 1)
         ]
         batches = [Batch([conversation]) for conversation in conversations]
         batches += batches_by_length(short_examples(pieces, random, DIALOGUES_BESIDE, SUMS_BESIDE, COPIES_A_STEP))
