@@ -115,8 +115,8 @@ def compare_formats(
 
     Example:
         >>> table = compare_formats([{"role": "user", "content": "你好"}])
-        >>> table.loc["ChatGLM3", "special_tokens_per_turn"], table.loc["Qwen2.5", "special_tokens_per_turn"]
-        (2, 4)
+        >>> table["special_tokens_per_turn"].to_dict()
+        {'ChatGLM3': 2, 'Qwen2.5': 4, 'GLM-4': 2}
     """
     tokenizers = tokenizers or {}
     if unknown := [name for name in tokenizers if name not in FORMATS]:

@@ -15,6 +15,7 @@ import ast
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ def parse_tool_call(metadata: str, text: str) -> ToolCall:
 
     Raises:
         ToolCallError: no tool named, no code block or several, no Python in it, another call than ``tool_call``,
-            arguments without names, or values that are no literals. The text names the answer's fault.
+            arguments without names or twice, or values that are no literals. The text names the answer's fault.
 
     Example:
         >>> parse_tool_call("add", "```python\\ntool_call(numbers=[1, -2])\\n```").arguments
@@ -94,14 +95,23 @@ def parse_tool_call(metadata: str, text: str) -> ToolCall:
     if len(code) > _MOST_CHARACTERS:
         raise _malformed(name, f"it is {len(code):,} characters long", code)
     try:
-        call = ast.parse(code, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, on the model's style
+            call = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _malformed(name, f"it is no Python expression ({str(error).splitlines()[0]})", code) from error
+        raise _malformed(name, f"it is no Python expression ({_fault(error)})", code) from error
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
         raise _malformed(name, "it is not tool_call(...)", code)
     if call.args or any(keyword.arg is None for keyword in call.keywords):
         raise _malformed(name, "an argument has no name", code)
+    names = [str(keyword.arg) for keyword in call.keywords]
+    if twice := [argument for argument in names if names.count(argument) > 1]:
+        raise _malformed(name, f"argument {twice[0]!r} is given twice", code)
     return ToolCall(name, {str(keyword.arg): _literal(name, keyword, code) for keyword in call.keywords})
+
+
+def _fault(error: Exception) -> str:
+    return str(error.msg if isinstance(error, SyntaxError) else error).splitlines()[0]
 
 
 def _literal(name: str, keyword: ast.keyword, code: str) -> Any:
@@ -149,7 +159,7 @@ def answer_tool_call(call: ToolCall, functions: Mapping[str, Callable[..., Any]]
         ) from error
     result = function(*bound.args, **bound.kwargs)
     try:
-        return json.dumps(result, ensure_ascii=False)
+        return json.dumps(result, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ToolCallError(
             f"the result of {call.name!r} cannot be written as JSON ({error}). Return text, numbers, lists or dicts."
