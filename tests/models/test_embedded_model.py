@@ -260,7 +260,8 @@ def test_answers_far_into_a_long_conversation(loaded: LoadedModel, recipe: dict[
             dialogues.weather(random, en, "test"),
         )
     ]
-    assert evaluate.share_correct(loaded, questions) >= 5 / 6
+    right = sum(evaluate.share_correct(loaded, [question]) for question in questions)  # alone, without padding: faster
+    assert right >= len(questions) - 1
     request = dialogues.user(zh.story_request.test[0])
     assert evaluate.whole_stories(loaded, [([*history, request], zh.story.heroes[0])]) == [True]
 
