@@ -140,6 +140,9 @@ def test_logits_and_cache_equal_generate_to_the_last_bit(tiny_models, family, sa
     [
         GenerationConfig(do_sample=False),
         GenerationConfig(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, repetition_penalty=1.2),
+        GenerationConfig(do_sample=True, temperature=1.5, min_p=0.05, typical_p=0.9),
+        GenerationConfig(do_sample=True, temperature=1.5, top_h=0.5),
+        GenerationConfig(do_sample=True, temperature=1.5, epsilon_cutoff=0.001, eta_cutoff=0.001),
     ],
 )
 def test_embedded_model_equals_generate(embedded, config):
