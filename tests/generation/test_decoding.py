@@ -47,6 +47,11 @@ def tiny_models(embedded):
     ]
 
 
+def _at_least(tokens) -> GenerationConfig:
+    """Settings that hold the stop token back, so that a test does not hang on what the model happens to say."""
+    return GenerationConfig(min_new_tokens=tokens)
+
+
 def _generated(loaded, rows, config, n):
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -190,7 +195,7 @@ class TestStep:
             assert step.surprisal_bits[0] == pytest.approx(-torch.log2(step.chosen_probability[0]).item())
 
     def test_budget_ends_it(self, embedded):
-        *_, last = decode_steps(embedded, "你好", max_new_tokens=2)
+        *_, last = decode_steps(embedded, "你好", max_new_tokens=2, generation_config=_at_least(2))
         assert (last.index, last.stop_reason) == (1, "length")
 
 
@@ -224,7 +229,7 @@ def test_kept_tensors_are_ordinary_ones(embedded):
 
 
 def test_a_thousand_steps_by_default_keep_only_candidates(embedded):
-    steps = list(decode_steps(embedded, "Hello", max_new_tokens=5))
+    steps = list(decode_steps(embedded, "Hello", max_new_tokens=5, generation_config=_at_least(5)))
     for step in steps:
         assert (step.logits, step.hidden_states, step.attentions) == (None, None, None)
         tensors = [tensor for stage in step.stages for tensor in (stage.token_ids, stage.probabilities)]
@@ -240,7 +245,7 @@ def test_no_candidates_no_probability(embedded):
 
 def test_every_act_has_its_time(embedded):
     steps = []
-    for step in decode_steps(embedded, "Hello", max_new_tokens=3):
+    for step in decode_steps(embedded, "Hello", max_new_tokens=3, generation_config=_at_least(3)):
         steps.append(step)
         time.sleep(0.02)
     assert all(min(step.forward_s, step.choose_s, step.stop_check_s) > 0 for step in steps)
@@ -252,9 +257,10 @@ class TestReasons:
     """Act 4 in the cases that the host cannot decide by ids and length."""
 
     def test_a_stop_string_ends_it(self, tiny_models, embedded):
-        greedy = [step.token_id for step in decode_steps(embedded, "Hello", max_new_tokens=30)]
+        long = decode_steps(embedded, "Hello", max_new_tokens=30, generation_config=_at_least(30))
+        greedy = [step.token_id for step in long]
         text = embedded.tokenizer.decode(greedy[:4])[-3:]
-        config = GenerationConfig(stop_strings=[text])
+        config = GenerationConfig(stop_strings=[text], min_new_tokens=30)
         *steps, last = decode_steps(embedded, "Hello", max_new_tokens=30, generation_config=config)
         assert last.stop_reason == "stop string"
         assert all(step.stop_reason is None for step in steps)
@@ -303,7 +309,7 @@ class TestInterrupted:
         model, prompt = embedded.model, [1784, 1786, 100, 200]
         arguments = {"max_cache_len": 64} if cache_class is StaticCache else {}
         cache = cache_class(config=model.config, **arguments)
-        config, config_of_rest = GenerationConfig(min_new_tokens=8), GenerationConfig(min_new_tokens=5)
+        config, config_of_rest = _at_least(8), _at_least(5)
         whole = [step.token_id for step in decode_steps(embedded, prompt, max_new_tokens=8, generation_config=config)]
         handle = interrupt_in(model.model.layers[layer], 4)
         steps = []
@@ -330,7 +336,7 @@ class TestInterrupted:
         assert (cache.get_seq_length(), kv_bytes(cache)) == (0, 0)
 
     def test_closing_the_loop_keeps_what_was_seen(self, embedded):
-        steps = decode_steps(embedded, "Tell me a long story.", max_new_tokens=50)
+        steps = decode_steps(embedded, "Hello", max_new_tokens=50, generation_config=_at_least(50))
         seen = [next(steps), next(steps)]
         steps.close()
         assert [step.index for step in seen] == [0, 1]
