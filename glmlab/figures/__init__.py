@@ -8,6 +8,7 @@ from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
 from glmlab.figures.forecast import component_chart, components, pool_map
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
 from glmlab.figures.prompts import format_figure, growth_figure, printable, prompt_figure, roles_figure
+from glmlab.figures.structure import class_diagram, module_tree_figure
 from glmlab.figures.style import COLORS, FORMATS, STYLE, FigureError, SuiteFigure, save_figure
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "FigureError",
     "SuiteFigure",
     "candidates_chart",
+    "class_diagram",
     "component_chart",
     "components",
     "curves_table",
@@ -26,6 +28,7 @@ __all__ = [
     "lens_heatmap",
     "memory_column",
     "memory_curve",
+    "module_tree_figure",
     "pool_map",
     "printable",
     "prompt_figure",

@@ -235,7 +235,7 @@ class ClassGraph:
 
         Args:
             depth: most steps away from the roots, along bases, parts and (both ways) who builds whom.
-            include: shell patterns of class names, such as ``"Glm*"``; the roots always stay.
+            include: shell patterns of class names, such as ``"Glm*"``; the first root always stays.
             members: see :data:`Members`.
 
         Raises:
@@ -268,7 +268,7 @@ class ClassGraph:
             hidden |= {
                 name
                 for name in self.classes
-                if name not in self.roots and not any(fnmatchcase(name, pattern) for pattern in patterns)
+                if name != self.roots[0] and not any(fnmatchcase(name, pattern) for pattern in patterns)
             }
         return replace(self, hidden=frozenset(hidden), members=self.members if members is None else members)
 

@@ -1,0 +1,162 @@
+"""Class diagrams are legible, complete and free of empty or overlapping boxes; module trees add up."""
+
+import re
+from itertools import combinations
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import Bbox
+
+from glmlab.figures import FigureError, save_figure
+from glmlab.figures.structure import NODE_COLORS, PAGE_HEIGHT_IN, PAGE_WIDTH_IN, class_diagram, module_tree_figure
+from glmlab.models.checkpoints import find_config
+from glmlab.models.loading import build_skeleton, load_config
+from glmlab.resources import data_path
+from glmlab.structure.graph import Arrow, ClassNode, Member, Part, build_graph, join
+from glmlab.structure.live import class_graph
+from glmlab.structure.source import read_class_facts
+from glmlab.structure.tree import ModuleRow, ModuleTree
+
+
+def _small():
+    nodes = [
+        ClassNode("Model", "m", ("nn.Module", "SaveMixin"), ("Model", "nn.Module", "SaveMixin"), (Member("run"),),
+                  (Part("layers", "Layer", 28, 28), Part("head", "nn.Linear"))),
+        ClassNode("nn.Module", "torch.nn", (), ("nn.Module",), (Member("run", abstract=True),), kind="torch"),
+        ClassNode("SaveMixin", "m", (), ("SaveMixin",)),
+        ClassNode("Layer", "m", ("nn.Module",), ("Layer", "nn.Module")),
+        ClassNode("Auto", "m", (), ("Auto",), kind="auto"),
+    ]  # fmt: skip
+    return build_graph(nodes, ["Model"], [Arrow("builds", "Auto", "Model", "builds")])
+
+
+def _chatglm3_today():
+    return class_graph(build_skeleton(load_config(find_config("chatglm3-6b"))))
+
+
+def _chatglm3_published():
+    published = read_class_facts(data_path("structure", "chatglm3-6b.json"))
+    graph = join(published, read_class_facts(data_path("structure", "transformers-4.38.json")))
+    aside = ("InvalidScoreLogitsProcessor", "LogitsProcessor", "PrefixEncoder", "AutoModelForSeq2SeqLM")
+    return graph.select(include=[name for name in graph.classes if name not in aside and "SequenceCl" not in name])
+
+
+def _texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def _boxes(figure) -> list[Rectangle]:
+    """Frames of classes, not the samples of the legend, which lie below them."""
+    frames = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle) and patch.get_zorder() == 2]
+    assert frames
+    return frames
+
+
+class TestClassDiagram:
+    def test_every_class_member_and_arrow_is_there(self):
+        texts = _texts(class_diagram(_small()))
+        for text in ("Model", "nn.Module", "SaveMixin", "Layer", "Auto", "head: nn.Linear", "layers: 28 x", "builds"):
+            assert texts.count(text) == 1, text
+        assert texts.count("run()") == 2
+
+    def test_nn_module_is_written_where_an_arrow_would_cross_everything(self):
+        texts = _texts(class_diagram(_small()))
+        assert texts[texts.index("Layer") + 1] == "is an nn.Module"
+        assert texts.count("is an nn.Module") == 1
+
+    def test_kinds_differ_in_colour_and_mixins_in_line_style(self):
+        frames = {to_hex(frame.get_facecolor()): frame.get_linestyle() for frame in _boxes(class_diagram(_small()))}
+        assert set(frames) == {NODE_COLORS[kind] for kind in ("class", "mixin", "torch", "auto")}
+        assert frames[NODE_COLORS["mixin"]] != frames[NODE_COLORS["class"]] == "-"
+
+    def test_abstract_and_overridden_members_are_in_italics(self):
+        texts = {t.get_text(): t.get_style() for t in class_diagram(_small()).axes[0].texts if t.get_text() != "run()"}
+        runs = [t.get_style() for t in class_diagram(_small()).axes[0].texts if t.get_text() == "run()"]
+        assert sorted(runs) == ["italic", "normal"]
+        assert (texts["nn.Module"], texts["Model"]) == ("italic", "normal")
+
+    def test_no_empty_compartments(self):
+        figure = class_diagram(_small())
+        rules = [line for line in figure.axes[0].lines if line.get_zorder() == 3]
+        assert len(rules) == 3, "two in Model (attribute, member), one in nn.Module, none in the others"
+
+    def test_long_boxes_are_cut_and_counted(self):
+        node = ClassNode("A", "m", (), ("A",), tuple(Member(f"m{i}") for i in range(12)))
+        texts = _texts(class_diagram(build_graph([node], ["A"]), max_lines=5))
+        assert texts[1:6] == ["m0()", "m1()", "m2()", "m3()", "… 8 more"]
+
+    @pytest.mark.parametrize("graph", [_chatglm3_today, _chatglm3_published])
+    def test_the_full_picture_is_legible_on_a_page_of_a4(self, graph):
+        figure = class_diagram(graph())
+        width, height = figure.get_size_inches()
+        assert width <= PAGE_WIDTH_IN + 1e-6
+        assert height <= PAGE_HEIGHT_IN + 0.5, "the legend included"
+        assert min(text.get_fontsize() for text in figure.axes[0].texts) >= 6.0
+
+    @pytest.mark.parametrize("graph", [_small, _chatglm3_today, _chatglm3_published])
+    def test_nothing_overlaps_and_text_stays_in_its_frame(self, graph):
+        figure = class_diagram(graph())
+        figure.set_dpi(144)  # the screen's, in a notebook; hinting there widens letters more than in print
+        frames = [frame.get_window_extent() for frame in _boxes(figure)]
+        for index, frame in enumerate(frames):
+            assert not any(frame.overlaps(other) for other in frames[index + 1 :])
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        page = figure.bbox
+        extents = {text: text.get_window_extent(renderer) for text in figure.axes[0].texts}
+        for text, extent in extents.items():
+            assert page.x0 <= extent.x0 < extent.x1 <= page.x1, text.get_text()
+            middle = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+            for frame in (frame for frame in frames if frame.contains(*middle)):
+                assert frame.x0 <= extent.x0 < extent.x1 <= frame.x1, text.get_text()
+        for (text, extent), (other, taken) in combinations(extents.items(), 2):
+            shared = Bbox.intersection(extent, taken)
+            assert shared is None or shared.height < 0.35 * extent.height, (text.get_text(), other.get_text())
+
+    def test_files_have_embedded_fonts(self, tmp_path):
+        graph = _small()
+        pdf, svg, png, *_ = save_figure(
+            class_diagram(graph), tmp_path / "classes", data=graph.to_frame(), provenance={}
+        )
+        assert b"/FontFile2" in pdf.read_bytes()
+        assert svg.read_text().startswith("<?xml")
+        assert png.read_bytes().startswith(b"\x89PNG")
+
+    def test_it_is_told_in_words(self):
+        words = class_diagram(_small()).alt_text
+        assert words.startswith(
+            "Class diagram of 5 classes. Model inherits from nn.Module, SaveMixin. Model holds Layer"
+        )
+
+    def test_nothing_to_draw_is_refused(self):
+        with pytest.raises(FigureError, match="no class to draw: every one is hidden"):
+            class_diagram(build_graph([], []))
+
+
+class TestModuleTreeFigure:
+    TREE = ModuleTree(
+        "made up",
+        (
+            ModuleRow("", "", "Model", 0, 1, 100, 0, 400, 0, (1, 1, 64)),
+            ModuleRow("layers.0-2", "layers.0-2: 3 x", "Layer", 1, 3, 75, 75, 300, 300, (1, 1, 8)),
+            ModuleRow("head", "head", "Linear", 1, 1, 25, 25, 100, 100, None),
+        ),
+        context_tokens=16,
+    )
+
+    def test_rows_and_shares(self):
+        texts = _texts(module_tree_figure(self.TREE))
+        for text in ("Model", "layers.0-2: 3 x Layer", "head: Linear", "100.0%", "75.0%", "25.0%", "1 × 1 × 64"):
+            assert text in texts
+        assert any("one decode step after 16 tokens" in text for text in texts)
+
+    def test_dark_bars_add_up_to_the_light_bar_of_the_whole(self):
+        bars = [bar for container in module_tree_figure(self.TREE).axes[0].containers for bar in container]
+        light, dark = bars[0::2], bars[1::2]
+        assert sum(bar.get_width() for bar in dark) == pytest.approx(light[0].get_width())
+        assert [bar.get_width() / light[0].get_width() for bar in light] == pytest.approx([1, 0.75, 0.25])
+
+    def test_it_is_told_in_words(self):
+        words = module_tree_figure(self.TREE).alt_text
+        assert re.match(r"Module tree of made up: 100 parameters in 400 B. The largest share of bytes, 75%, is", words)

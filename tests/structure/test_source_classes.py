@@ -1,0 +1,258 @@
+"""Source is read and never run: a file of ChatGLM's class names whose every line would leave a mark."""
+
+import json
+import sys
+
+import pytest
+
+import glmlab
+from glmlab.resources import data_path
+from glmlab.structure.comparison import CLASSES_TODAY, METHODS_TODAY, side_by_side
+from glmlab.structure.graph import Arrow, Part, StructureError, join
+from glmlab.structure.source import read_class_facts, source_class_graph, write_class_facts
+
+ACTING = '''
+"""Made up: the class names of the published file, bodies that act."""
+from pathlib import Path
+import a_package_that_does_not_exist
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+from transformers.modeling_utils import PreTrainedModel
+from .configuration_chatglm import ChatGLMConfig
+
+def act(*names): Path({marker!r}).write_text("acted")
+
+act()
+
+class MLP(torch.nn.Module):
+    act()
+    def __init__(self, config, acting=act()):
+        super().__init__()
+        self.up, self.unseen = nn.Linear(1, 2), 3
+        self.down = nn.Linear(2, 1)
+
+class SelfAttention(nn.Module, metaclass=act()): ...
+
+class GLMBlock(torch.nn.Module):
+    def __init__(self, config):
+        Norm = nn.RMSNorm if config.rms else nn.LayerNorm
+        self.input_layernorm = Norm(1)
+        self.self_attention: nn.Module = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.weight = nn.Parameter(torch.ones(1))
+        self.is_block = isinstance(config, MLP)
+
+class GLMTransformer(nn.Module):
+    def __init__(self, config):
+        def build_layer(number):
+            act()
+            return GLMBlock(config)
+        self.layers = torch.nn.ModuleList([build_layer(i) for i in range(config.num_layers)])
+
+@act
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    @act()
+    def get_masks(self): ...
+    def get_position_ids(self): ...
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    def __init__(self, config):
+        make = skip_init if config.empty else act
+        self.encoder = make(GLMTransformer, config)
+        if config.prefix:
+            self.dropout = nn.Dropout(0.1)
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel):
+    def __init__(self, config):
+        self.transformer = ChatGLMModel(config)
+    @property
+    def size(self): return act()
+    @staticmethod
+    def _reorder_cache(): act()
+    @classmethod
+    def make(cls): act()
+    def chat(self): act()
+    @torch.inference_mode()
+    def stream_chat(self): act()
+    def stream_generate(self): act()
+    def quantize(self): act()
+
+if __name__ != "nothing":
+    class Conditional(MLP): act()
+
+raise SystemExit(act())
+'''
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "modeling_chatglm.py").write_text(ACTING.replace("{marker!r}", repr(str(tmp_path / "marker"))))
+    auto_map = {"AutoModel": "modeling_chatglm.ChatGLMForConditionalGeneration", "AutoConfig": "other.ChatGLMConfig"}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map}))
+    return tmp_path
+
+
+class TestSource:
+    def test_the_file_would_act_and_nothing_acted(self, folder):
+        """Reading leaves no mark and imports nothing."""
+        before = set(sys.modules)
+        source_class_graph(folder)
+        source_class_graph(folder / "modeling_chatglm.py")
+        assert not (folder / "marker").exists()
+        assert {name for name in set(sys.modules) - before if "chatglm" in name or "does_not" in name} == set()
+
+    def test_running_it_does_act(self, folder):
+        beginning = (folder / "modeling_chatglm.py").read_text().split("class MLP")[0]
+        harmless = "\n".join(line for line in beginning.splitlines() if not line.startswith(("import a_", "from .")))
+        exec(compile(harmless, "beginning", "exec"), {})
+        assert (folder / "marker").read_text() == "acted"
+
+    def test_bases_members_and_roots(self, folder):
+        graph = source_class_graph(folder)
+        model = graph.classes["ChatGLMForConditionalGeneration"]
+        assert model.bases == ("ChatGLMPreTrainedModel",)
+        assert model.mro == ("ChatGLMForConditionalGeneration", "ChatGLMPreTrainedModel", "PreTrainedModel")
+        assert {m.name: m.kind for m in model.members} == {
+            "__init__": "method", "size": "property", "_reorder_cache": "static method", "make": "class method",
+            "chat": "method", "stream_chat": "method", "stream_generate": "method", "quantize": "method",
+        }  # fmt: skip
+        assert graph.roots == ("ChatGLMForConditionalGeneration",)
+        assert (graph.classes["PreTrainedModel"].kind, graph.classes["nn.Module"].kind) == ("outside", "torch")
+        assert graph.classes["PreTrainedModel"].module == "transformers.modeling_utils"
+        assert graph.classes["Conditional"].bases == ("MLP",)
+
+    def test_parts(self, folder):
+        graph = source_class_graph(folder)
+        parts = {name: [part.label for part in node.parts] for name, node in graph.classes.items() if node.parts}
+        assert parts == {
+            "MLP": ["down: nn.Linear"],
+            "GLMBlock": [
+                "input_layernorm: 0..1 x nn.RMSNorm", "input_layernorm: 0..1 x nn.LayerNorm",
+                "self_attention: SelfAttention", "mlp: MLP",
+            ],
+            "GLMTransformer": ["layers: n x GLMBlock"],
+            "ChatGLMModel": ["encoder: GLMTransformer", "dropout: 0..1 x nn.Dropout"],
+            "ChatGLMForConditionalGeneration": ["transformer: ChatGLMModel"],
+        }  # fmt: skip
+
+    def test_auto_map_leads_to_the_class(self, folder):
+        graph = source_class_graph(folder)
+        assert graph.builds == (Arrow("builds", "AutoModel", "ChatGLMForConditionalGeneration", "auto_map"),)
+
+    def test_without_auto_map_the_roots_are_what_nobody_inherits_or_holds(self, folder):
+        (folder / "config.json").unlink()
+        graph = source_class_graph(folder)
+        assert set(graph.roots) == {"ChatGLMForConditionalGeneration", "Conditional"}
+        assert glmlab.source_class_graph is source_class_graph
+
+    def test_a_base_of_the_same_name_from_elsewhere_stays_apart(self, tmp_path):
+        (tmp_path / "modeling_a.py").write_text("import other\nclass Layer(other.Layer): ...")
+        assert source_class_graph(tmp_path).classes["Layer"].bases == ("other.Layer",)
+
+
+class TestBadSource:
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"class A(:\n", r"modeling_bad.py, line 1 is not Python: .*Download it again"),
+            (b"class A: ...\n  x = 1\n", "modeling_bad.py, line 2 is not Python: unexpected indent"),
+            (b"class A: ...\0", "is not Python: .*null bytes"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "modeling_bad.py, line 1 is not Python"),
+            (b"# \xff\xfe\nclass A: ...", "modeling_bad.py is not UTF-8 text"),
+            (b"x = " + b"(" * 5000 + b")" * 5000, "modeling_bad.py.* is (not Python|nested too deeply)"),
+            (b"import os\n", "modeling_bad.py defines no class"),
+            (b"class A(B): ...\nclass B(A): ...", "A -> B -> A: a class cannot inherit from itself"),
+        ],
+        ids=["syntax", "indent", "null", "lfs", "utf8", "deep", "no class", "circle"],
+    )
+    def test_a_broken_file_says_what_is_wrong(self, tmp_path, content, message):
+        (tmp_path / "modeling_bad.py").write_bytes(content)
+        with pytest.raises(StructureError, match=message):
+            source_class_graph(tmp_path)
+
+    def test_a_folder_without_source(self, tmp_path):
+        with pytest.raises(StructureError, match=r"has no modeling_\*.py. Checkpoints of models that transformers"):
+            source_class_graph(tmp_path)
+
+    def test_nothing_there(self, tmp_path):
+        with pytest.raises(StructureError, match=r"nothing.py is not there. Give a .py file, or the folder"):
+            source_class_graph(tmp_path / "nothing.py")
+
+    def test_not_python(self, tmp_path):
+        (tmp_path / "model.bin").write_bytes(b"")
+        with pytest.raises(StructureError, match=r"model.bin is not a .py file. Give Python source"):
+            source_class_graph(tmp_path / "model.bin")
+
+    def test_a_broken_config_beside_it(self, folder):
+        (folder / "config.json").write_text("[]")
+        with pytest.raises(StructureError, match="config.json is not a config .* Download it again"):
+            source_class_graph(folder)
+
+
+class TestFacts:
+    def test_what_is_written_is_read_back(self, folder, tmp_path):
+        graph = source_class_graph(folder)
+        write_class_facts(graph, tmp_path / "facts.json", source="made up")
+        assert read_class_facts(tmp_path / "facts.json") == graph
+        assert json.loads((tmp_path / "facts.json").read_text())["source"] == "made up"
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"classes": [{}]}'])
+    def test_what_is_no_facts_is_refused(self, tmp_path, text):
+        (tmp_path / "facts.json").write_text(text)
+        with pytest.raises(StructureError, match="facts.json holds no class facts"):
+            read_class_facts(tmp_path / "facts.json")
+        with pytest.raises(StructureError, match="nothing.json cannot be read"):
+            read_class_facts(tmp_path / "nothing.json")
+
+    def test_the_chapters_picture(self):
+        """Classes, methods and relations that the chapter names."""
+        published = read_class_facts(data_path("structure", "chatglm3-6b.json"))
+        picture = join(published, read_class_facts(data_path("structure", "transformers-4.38.json")))
+        classes = picture.classes
+        assert picture.roots[0] == "ChatGLMForConditionalGeneration"
+        for name in ("chat", "stream_chat", "stream_generate", "quantize"):
+            assert classes["ChatGLMForConditionalGeneration"].defines(name)
+        assert all(classes["ChatGLMPreTrainedModel"].defines(name) for name in ("get_masks", "get_position_ids"))
+        assert Part("transformer", "ChatGLMModel") in classes["ChatGLMForConditionalGeneration"].parts
+        assert Part("layers", "GLMBlock", None, None) in classes["GLMTransformer"].parts
+        assert classes["PreTrainedModel"].bases == (
+            "nn.Module", "ModuleUtilsMixin", "GenerationMixin", "PushToHubMixin", "PeftAdapterMixin",
+        )  # fmt: skip
+        assert classes["AutoModelForCausalLM"].bases == ("_BaseAutoModelClass",)
+        assert {node.name for node in picture.nodes if node.kind == "mixin"} == {
+            name for name in classes if name.endswith("Mixin")
+        }
+        built = {arrow.source for arrow in picture.builds if arrow.target == "ChatGLMForConditionalGeneration"}
+        assert {"AutoModel", "AutoModelForCausalLM"} <= built
+
+
+class TestSideBySide:
+    @pytest.fixture
+    def published(self):
+        return read_class_facts(data_path("structure", "chatglm3-6b.json"))
+
+    def test_every_published_class_has_a_home_today(self, published):
+        own = [node for node in published.classes.values() if node.module == "modeling_chatglm"]
+        assert {node.name for node in own} == set(CLASSES_TODAY)
+        assert {
+            name for name in METHODS_TODAY if not published.classes[name.split(".")[0]].defines(name.split(".")[1])
+        } == set()
+
+    def test_what_moved(self, published):
+        today = side_by_side(published).set_index("original")["today"].to_dict()
+        assert today["  chat()"] == today["  stream_chat()"] == "glmlab.ChatSession"
+        assert today["  stream_generate()"] == "glmlab.decode_steps"
+        assert today["  quantize()"] == "transformers.BitsAndBytesConfig"
+        assert today["  get_masks()"] == "transformers.create_causal_mask"
+        assert today["ChatGLMForConditionalGeneration"] == "glmlab.ChatGLM3ForCausalLM"
+
+    def test_another_file_is_refused(self, tmp_path):
+        (tmp_path / "modeling_a.py").write_text("class A: ...")
+        with pytest.raises(StructureError, match="ClassGraph of A: .* is not the graph of ChatGLM's published file"):
+            side_by_side(source_class_graph(tmp_path))
+
+    def test_a_name_that_is_gone_is_said(self, published, monkeypatch):
+        monkeypatch.setitem(CLASSES_TODAY, "MLP", ("transformers.NoSuchThing", ""))
+        with pytest.raises(StructureError, match="transformers.NoSuchThing is gone"):
+            side_by_side(published)
