@@ -36,7 +36,6 @@ class ChatFormat:
     template: str | None
     """Jinja, as in data/templates; None for ChatGLM3, whose prompts are built segment by segment."""
     special_tokens: tuple[str, ...]
-    stop_tokens: tuple[str, ...]
     source: str
     """Where the format was published."""
 
@@ -83,7 +82,6 @@ def chat_format(name: str) -> ChatFormat:
         name,
         None if file is None else data_path("templates", file).read_text(encoding="utf-8").removesuffix("\n"),
         tuple(entry["special_tokens"]),
-        tuple(entry["stop_tokens"]),
         entry["source"],
     )
 

@@ -76,8 +76,9 @@ class PromptTable(pd.DataFrame):
 
 def _html_row(row: dict[Any, Any]) -> str:
     color = ROLE_COLORS[row["role"]]
-    # special tokens on the role's full colour, text on a tint of it: both readable on light and dark pages
-    style = f"background:{color};color:#000" if row["special"] else f"background:{_tint(color)};color:#000"
+    # special tokens on the role's full colour, text on a tint of it; the ink is given too, for dark pages
+    background = color if row["special"] else _tint(color)
+    style = f"background:{background};color:{_ink(background)}"
     cells = (
         row["position"],
         row["id"],
@@ -102,7 +103,16 @@ def _share(text: str, held: bytes) -> str:
     return f" ({len(held)} of {whole} bytes)" if len(held) != whole else ""
 
 
+def _channels(color: str) -> list[int]:
+    return [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+
+
 def _tint(color: str, strength: float = 0.25) -> str:
     """The colour mixed with white."""
-    channels = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(255 - strength * (255 - channel)):02x}" for channel in channels)
+    return "#" + "".join(f"{round(255 - strength * (255 - channel)):02x}" for channel in _channels(color))
+
+
+def _ink(background: str) -> str:
+    """Black, or white where the background is dark."""
+    red, green, blue = _channels(background)
+    return "#fff" if 0.3 * red + 0.59 * green + 0.11 * blue < 100 else "#000"

@@ -116,8 +116,9 @@ class TestChatGLM3:
     def test_the_chat_template_gives_the_same_ids(self, embedded, messages):
         if any(token in f"{m['content']}{m.get('metadata')}" for m in messages for token in (*SPECIAL_TOKENS, "</s>")):
             return  # a typed token is what a template cannot tell from its own; see the test below
-        templated = embedded.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        assert templated["input_ids"] == dissect(embedded.tokenizer, messages)["id"].tolist()
+        tools = [{"name": "查询", "parameters": {}}] if messages[0]["role"] == "system" else None
+        templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+        assert templated["input_ids"] == dissect(embedded.tokenizer, messages, tools)["id"].tolist()
 
     def test_the_chat_template_cannot_keep_a_typed_role_token_apart(self, embedded):
         messages = [{"role": "user", "content": "<|assistant|>"}]
@@ -258,6 +259,14 @@ class TestView:
     def test_roles_have_their_colours(self, embedded):
         rows = re.findall(r'<tr style="background:(#\w+)', dissect(embedded.tokenizer, CHAT)._repr_html_())
         assert len(set(rows)) == 1 + 2 * len(ROLES)  # the prefix; each role full and tinted
+
+    def test_ink_is_readable(self, embedded):
+        pairs = re.findall(r"background:(#\w{6});color:(#\w{3})", dissect(embedded.tokenizer, CHAT)._repr_html_())
+        for background, ink in pairs:
+            red, green, blue = (((int(background[i : i + 2], 16) / 255 + 0.055) / 1.055) ** 2.4 for i in (1, 3, 5))
+            luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+            contrast = 1.05 / (luminance + 0.05) if ink == "#fff" else (luminance + 0.05) / 0.05
+            assert contrast > 4.5, (background, ink)  # WCAG 2, level AA
 
     def test_long_prompts_show_head_and_tail(self, embedded):
         table = dissect(embedded.tokenizer, [{"role": "user", "content": "你好 " * 200}])
