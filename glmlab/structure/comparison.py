@@ -80,7 +80,7 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
 
     Returns:
         One row a class, and below it one a method that moved elsewhere: original, today, what changed. Every name of
-        the third party that a row gives is looked up, so that no row outlives what it names.
+        today is looked up, so that no row outlives what it names.
 
     Raises:
         StructureError: the graph is not of ChatGLM3's file, or a name of today is gone.
@@ -98,9 +98,7 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
             "folder of a downloaded chatglm3-6b, or take the facts in data/structure."
         )
     rows = []
-    for node in original.classes.values():
-        if node.name not in CLASSES_TODAY:
-            continue
+    for node in (original.classes[name] for name in CLASSES_TODAY if name in original.classes):
         rows.append((node.name, *CLASSES_TODAY[node.name]))
         for member in node.members:
             if moved := METHODS_TODAY.get(f"{node.name}.{member.name}"):
