@@ -47,7 +47,7 @@ def parse_parameters(assignments: Iterable[str]) -> dict[str, Any]:
             raise NotebookError(f"parameter {assignment!r} is not name=value. Write, for example, precision=int4.")
         try:
             parameters[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             parameters[name] = value
     return parameters
 
@@ -88,8 +88,9 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
     """
     try:
         notebook = nbformat.read(source, as_version=4)
-    except (nbformat.reader.NotJSONError, nbformat.validator.ValidationError) as error:
-        raise NotebookError(f"{source.name} is not a notebook ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # nbformat reads before it validates: a foreign file fails in many ways
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NotebookError(f"{source.name} is not a notebook ({cause}). Take it from the suite's checkout.") from error
     _inject(notebook, source, parameters)
     client = NotebookClient(
         notebook,
@@ -99,7 +100,12 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],
     )
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotebookError(f"{copy.parent} cannot be made a folder ({error.strerror}). Give another --out.") from error
+    if copy.is_dir():
+        raise NotebookError(f"{copy} is a folder, so the executed notebook cannot go there. Give another --out.")
     started = os.times().elapsed
     try:
         client.execute()
@@ -122,9 +128,16 @@ def _inject(notebook: Any, source: Path, parameters: Mapping[str, Any]) -> None:
     tagged = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
         raise NotebookError(f"{source.name} has {len(tagged)} cells tagged {PARAMETERS_TAG!r}; it needs one.")
+    try:
+        tree = ast.parse(notebook.cells[tagged[0]].source)
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise NotebookError(
+            f"{source.name}: the cell tagged {PARAMETERS_TAG!r} is not plain Python ({error}). Let it hold only lines "
+            "such as: precision = 'auto'."
+        ) from error
     names = {
         target.id
-        for statement in ast.walk(ast.parse(notebook.cells[tagged[0]].source))
+        for statement in ast.walk(tree)
         if isinstance(statement, ast.Assign)
         for target in statement.targets
         if isinstance(target, ast.Name)

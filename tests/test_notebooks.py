@@ -124,15 +124,29 @@ class TestRunner:
         with pytest.raises(NotebookError, match="has 0 cells tagged 'parameters'"):
             execute_notebook(_notebook(tmp_path, "a = 1"), tmp_path / "copy.ipynb", {"a": 5})
 
-    def test_what_is_no_notebook_is_refused(self, tmp_path):
+    def test_a_parameter_cell_that_is_no_python_is_refused(self, tmp_path):
+        source = _notebook(tmp_path, "%matplotlib inline\na = 1", tagged=0)
+        with pytest.raises(NotebookError, match="the cell tagged 'parameters' is not plain Python"):
+            execute_notebook(source, tmp_path / "copy.ipynb", {"a": 5})
+
+    def test_a_place_that_cannot_be_written_is_said_before_running(self, tmp_path):
+        source = _notebook(tmp_path, "a = 1")
+        with pytest.raises(NotebookError, match="cannot be made a folder"):
+            execute_notebook(source, source / "copy.ipynb", {})
+        with pytest.raises(NotebookError, match="is a folder, so the executed notebook cannot go there"):
+            execute_notebook(source, tmp_path, {})
+
+    @pytest.mark.parametrize("content", ["{", "null", "[]", "[" * 100_000, '{"nbformat": 99, "cells": []}'])
+    def test_what_is_no_notebook_is_refused(self, tmp_path, content):
         path = tmp_path / "broken.ipynb"
-        path.write_text("{")
+        path.write_text(content)
         with pytest.raises(NotebookError, match="broken.ipynb is not a notebook"):
             execute_notebook(path, tmp_path / "copy.ipynb", {})
 
 
 def test_parameter_values_are_literals_never_code():
     assert parse_parameters(["a=__import__('os').getcwd()"]) == {"a": "__import__('os').getcwd()"}
+    assert parse_parameters(["a={[]: 1}"]) == {"a": "{[]: 1}"}
 
 
 def test_an_ambiguous_name_is_refused(tmp_path):

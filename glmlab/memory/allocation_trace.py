@@ -145,9 +145,18 @@ class AllocationTrace:
         """Rows (turn, section, context, tokens of the turn): loading, then every step and end of every turn.
 
         Raises:
-            TraceError: no turn, a turn of no tokens, or a prompt shorter than the trace can tell.
+            TraceError: no turn, a turn of no tokens, a prompt shorter than the trace can tell, or a section that the
+                trace does not have.
         """
         self._check_turns(turns)
+        try:
+            return self._laid_out(turns)
+        except KeyError as error:
+            raise TraceError(
+                f"the trace has no section {error}, which this conversation needs. Trace again."
+            ) from error
+
+    def _laid_out(self, turns: Sequence[Turn]) -> Int64Array:
         number = {name: i for i, name in enumerate(self.program.section_names)}
         rows = [np.array([[0, number["load"], 0, 0]], np.int64)]
         cached = 0
@@ -229,7 +238,7 @@ def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
                 f"{source} has trace format {int(arrays['format'])}; this version reads {FORMAT}. Trace again."
             )
         ends = np.cumsum(arrays["carried_counts"])
-        slots = arrays["carried_slots"].tolist()
+        slots = arrays["carried_slots"].astype(np.int64, casting="safe").tolist()
         program = EventProgram(
             events=arrays["events"].astype(np.int32),
             sizes=arrays["sizes"],
@@ -243,16 +252,28 @@ def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
             },
             owners=tuple(arrays["owners"].tolist()),
         )
-        facts = TraceFacts(**json.loads(str(arrays["facts"])))
+        facts = _facts(json.loads(str(arrays["facts"])))
         labels = [(operation, module) for operation, module in arrays["labels"].tolist()]
         label_of_event, layer_of_event = (
-            arrays[name].astype(np.int32) for name in ("label_of_event", "layer_of_event")
+            arrays[name].reshape(-1).astype(np.int32) for name in ("label_of_event", "layer_of_event")
         )
     except FileNotFoundError:
         raise TraceError(f"{source} is not there. Give the path of a trace (.npz).") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, EventProgramError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError),
+        *(zipfile.BadZipFile, EventProgramError),
+    ) as error:
         raise TraceError(f"{source} is not a readable allocation trace ({error}). Trace the model again.") from error
     return AllocationTrace(program, facts, labels, label_of_event, layer_of_event)
+
+
+def _facts(document: dict[str, Any]) -> TraceFacts:
+    facts = TraceFacts(**document)
+    numbers = ("kv_bytes_per_token", "context_limit", "first_prompt_min", "later_prompt_min", "warmup_size")
+    for name in numbers:
+        if type(getattr(facts, name)) is not int:
+            raise TypeError(f"the fact {name} is {getattr(facts, name)!r}, not a whole number")
+    return facts
 
 
 def recorded_traces() -> tuple[str, ...]:

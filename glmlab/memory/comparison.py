@@ -27,7 +27,7 @@ CHAPTER_TRACE = "chatglm3-6b-original-int4"
 TOKENS_PER_CHARACTER = (0.3, 1.5, 0.005)
 """Lowest, highest and step of the ratios tried: Chinese text has 0.5 to 0.8 tokens a character, English 0.2 to 0.4."""
 
-_LINE = re.compile(r"\s*(\d+)\s*,\s*(\d+(?:\.\d+)?)\s*")
+_LINE = re.compile(r"\s*(\d{1,15})\s*,\s*(\d{1,15}(?:\.\d+)?)\s*")
 
 
 class ComparisonError(GlmlabError):

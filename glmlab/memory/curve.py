@@ -47,6 +47,7 @@ Kind = Literal["measured", "forecast", "reported"]
 
 REQUIRED_COLUMNS = ("step", "turn")
 CONTEXT_COLUMNS = ("context_tokens", "context_characters")
+_MOST_GPUS = 2**16
 
 
 class CurveError(GlmlabError):
@@ -91,12 +92,23 @@ class Curve:
 
         Returns:
             The two paths. Files that are already there are replaced.
+
+        Raises:
+            CurveError: the folder or one of the files cannot be written.
         """
         csv_path = csv_file(path)
         json_path = csv_path.with_suffix(".json")
-        csv_path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json_path, curve_json(self.kind, self.label, self.provenance))
-        write_atomically(csv_path, self.table.to_csv(index=False, lineterminator="\n"))
+        for path_to_write in (csv_path, json_path):
+            if path_to_write.is_dir():  # said before the other of the two files is written
+                raise CurveError(f"{path_to_write} is a folder. Name another file.")
+        try:
+            csv_path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(json_path, curve_json(self.kind, self.label, self.provenance))
+            write_atomically(csv_path, self.table.to_csv(index=False, lineterminator="\n"))
+        except OSError as error:
+            raise CurveError(
+                f"{csv_path} cannot be written ({error.strerror}). Name a file in another folder."
+            ) from error
         return csv_path, json_path
 
     def __repr__(self) -> str:
@@ -137,6 +149,8 @@ def csv_file(path: str | os.PathLike[str]) -> Path:
         'rtx4060.csv'
     """
     csv_path = Path(path)
+    if not csv_path.name:
+        raise CurveError(f"{str(path)!r} names no file. Give a name that ends in .csv.")
     if csv_path.suffix == "":
         csv_path = csv_path.with_suffix(".csv")
     if csv_path.suffix != ".csv":
@@ -158,7 +172,7 @@ def read_curve_json(path: Path) -> dict[str, Any]:
         raise CurveError(
             f"{path} is not there: a curve's .json lies beside its .csv and says what it shows. Copy the two together."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CurveError(
             f"{path} is not readable JSON ({error}). Copy it again, or record or compute it again."
         ) from error
@@ -166,6 +180,11 @@ def read_curve_json(path: Path) -> dict[str, Any]:
         raise CurveError(
             f"{path} has no kind, label and provenance, so it is not the .json of a curve. "
             "Give the .csv of a recording or a forecast."
+        )
+    if not isinstance(document["label"], str) or not isinstance(document["provenance"], dict):
+        raise CurveError(
+            f"{path}: the label must be text and the provenance an object. Copy the file again, or record or compute "
+            "it again."
         )
     return document
 
@@ -194,7 +213,10 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
         raise CurveError(f"no column of memory (a name that ends in _mib); the table has: {', '.join(columns)}.")
     checked = table.copy()
     for name in columns:
-        numbers = pd.to_numeric(checked[name], errors="coerce")
+        try:
+            numbers = pd.to_numeric(checked[name], errors="coerce")
+        except OverflowError as error:
+            raise CurveError(f"the column {name!r} has a number that is too large ({error}).") from error
         wrong = numbers.isna() & checked[name].notna()
         if bool(wrong.any()):
             row = int(wrong.to_numpy().argmax())
@@ -204,5 +226,8 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
         if bool(checked[name].isna().any()):
             raise CurveError(f"the column {name!r} has an empty cell; every row needs its {name}.")
     if "gpu" in columns:
+        indices = checked["gpu"].dropna()
+        if bool(((indices != indices.round()) | (indices.abs() > _MOST_GPUS)).any()):
+            raise CurveError("the column 'gpu' has a cell that is no index of a GPU (0, 1, …).")
         checked["gpu"] = checked["gpu"].astype("Int64")
     return checked

@@ -118,7 +118,7 @@ def load_conversation(path: str | os.PathLike[str]) -> Conversation:
         raise ConversationError(
             f"{file} is not there. Give a conversation file, or one of {', '.join(BUNDLED_CONVERSATIONS)}."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversationError(f"{file} is not readable as JSON in UTF-8 ({error}). Mend the file.") from error
     if not isinstance(document, dict) or not isinstance(document.get("turns"), list) or not document["turns"]:
         raise ConversationError(
@@ -225,7 +225,7 @@ class Recorder:
         with ExitStack() as files:
             self._csv = files.enter_context(_open_locked(self.path, resume=resume))
             # unbuffered, so that a line reaches the system in one piece
-            self._transcript = files.enter_context(self._transcript_path.open("a+b", buffering=0))
+            self._transcript = files.enter_context(_open_transcript(self._transcript_path))
             self._began = time.perf_counter()
             checkpoints = self._read_transcript() if resume else []
             if checkpoints:
@@ -306,6 +306,8 @@ class Recorder:
         """Cut the files back to the last finished turn and let the session prefill what was said."""
         last = checkpoints[-1]
         before = read_curve_json(self._json_path)["provenance"]
+        if not isinstance(before.get("resumptions"), list) or not isinstance(before.get("versions"), dict):
+            raise self._damaged(self._json_path, "its provenance has no resumptions or versions")
         self._refuse_other_run(before)
         if self._csv.seek(0, os.SEEK_END) < last["csv_bytes"]:
             raise RecordingError(
@@ -340,7 +342,8 @@ class Recorder:
 
     def _refuse_other_run(self, before: dict[str, Any]) -> None:
         pairs = {name: (before.get(name), self._provenance[name]) for name in _SAME_ON_RESUME}
-        conversations = [(p.get("conversation") or {}).get("sha256") for p in (before, self._provenance)]
+        followed = [p.get("conversation") for p in (before, self._provenance)]
+        conversations = [one.get("sha256") if isinstance(one, dict) else one for one in followed]
         pairs["conversation (sha256)"] = (conversations[0], conversations[1])
         different = [f"{name} {old!r}, now {new!r}" for name, (old, new) in pairs.items() if old != new]
         if different:
@@ -356,13 +359,17 @@ class Recorder:
         whole = content[: content.rfind(b"\n") + 1]
         try:
             checkpoints = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-        except ValueError as error:
-            raise RecordingError(
-                f"{self._transcript_path} is damaged ({error}), so the recording cannot go on. Record into another "
-                "file."
-            ) from error
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(self._transcript_path, str(error)) from error
+        vocabulary = self._session.loaded.model.config.vocab_size
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            if not _is_checkpoint(checkpoint, vocabulary):
+                raise self._damaged(self._transcript_path, f"line {number} is not one that a recording writes")
         self._transcript.truncate(len(whole))
         return checkpoints
+
+    def _damaged(self, path: Path, why: str) -> RecordingError:
+        return RecordingError(f"{path} is damaged ({why}), so the recording cannot go on. Record into another file.")
 
     # --------------------------------------------------------------------------------------------- writing
 
@@ -455,6 +462,30 @@ def _open_locked(path: Path, *, resume: bool) -> BinaryIO:
             f"{path} is being written by another run. Wait until it ends, or record into another file."
         ) from error
     return file
+
+
+def _open_transcript(path: Path) -> BinaryIO:
+    try:
+        return path.open("a+b", buffering=0)
+    except OSError as error:
+        raise RecordingError(f"{path} cannot be written ({error.strerror}). Record into another file.") from error
+
+
+def _is_checkpoint(line: Any, vocabulary: int) -> bool:
+    """Whether a line of the transcript has what :meth:`Recorder._take_up` reads, of the right types."""
+    if not isinstance(line, dict) or not isinstance(line.get("elapsed_s"), int | float):
+        return False
+    counts = [line.get(name) for name in ("turn", "step", "context_tokens", "csv_bytes")]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return False
+    if "user" not in line:
+        return True
+    ids = line.get("ids")
+    return (
+        isinstance(line["user"], str)
+        and isinstance(ids, list)
+        and all(isinstance(token_id, int) and 0 <= token_id < vocabulary for token_id in ids)
+    )
 
 
 if sys.platform == "win32":

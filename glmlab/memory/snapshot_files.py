@@ -109,9 +109,9 @@ class _RefusingUnpickler(pickle.Unpickler):
 
 
 def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise SnapshotError(f"{path} is not there, or not a file; {RECORD_HINT}.")
     try:
+        if not path.is_file():
+            raise SnapshotError(f"{path} is not there, or not a file; {RECORD_HINT}")
         with path.open("rb") as file:
             return _RefusingUnpickler(file).load()
     except SnapshotError as error:

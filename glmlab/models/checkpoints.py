@@ -18,6 +18,7 @@ EMBEDDED = "embedded"
 _LFS_MARK = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
+_LONGEST_FILE_NAME = 255
 _NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja"]
 
 
@@ -37,8 +38,8 @@ def find_checkpoint(name: str) -> Path:
     """
     if name == EMBEDDED:
         folder = data_path("tiny-chatglm3")
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
+    elif (path := _local_path(name)).is_dir():
+        folder = path
     elif _is_hub_id(name):
         folder = _download(name)
     else:
@@ -63,7 +64,7 @@ def find_config(name: str) -> Path:
         >>> find_config("zai-org/chatglm3-6b").name
         'chatglm3-6b.json'
     """
-    path = Path(name).expanduser()
+    path = _local_path(name)
     if name == EMBEDDED:
         return data_path("tiny-chatglm3", "config.json")
     if path.is_file():
@@ -140,7 +141,7 @@ def read_config_json(path: Path) -> dict[str, Any]:
     _refuse_lfs_pointer(path)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object. Download it again.")
@@ -168,8 +169,11 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(header_bytes))
             header.pop("__metadata__", None)
-            data_bytes = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError) as error:
+            ends = [tensor["data_offsets"][1] for tensor in header.values()]
+            if not all(isinstance(end, int) for end in ends):
+                raise broken
+            data_bytes = max(ends, default=0)
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise broken from error
     if size_bytes != 8 + header_bytes + data_bytes:
         said_bytes = 8 + header_bytes + data_bytes
@@ -188,7 +192,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{index_file} has no weight_map. Download it again.")
         for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file:
+            if not isinstance(file, str) or Path(file).name != file or len(file) > _LONGEST_FILE_NAME:
                 raise CheckpointError(f"{index_file} names {file!r}, which is not a file of the folder. Do not use it.")
         return weight_map
     single = folder / "model.safetensors"
@@ -208,12 +212,26 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _refuse_lfs_pointer(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(len(_LFS_MARK)) == _LFS_MARK:
-            raise CheckpointError(
-                f"{path} is a Git-LFS pointer, not the file itself. Run 'git lfs pull' in the folder, "
-                "or download the file from the hub's page."
-            )
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(len(_LFS_MARK))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
+    if beginning == _LFS_MARK:
+        raise CheckpointError(
+            f"{path} is a Git-LFS pointer, not the file itself. Run 'git lfs pull' in the folder, "
+            "or download the file from the hub's page."
+        )
+
+
+def _local_path(name: str) -> Path:
+    """The path that a name would be; refuses names that no file can have."""
+    try:
+        path = Path(name).expanduser()
+        path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{name[:80]!r} cannot be a file or folder ({error}). Check the path.") from error
+    return path
 
 
 def _is_hub_id(name: str) -> bool:

@@ -47,6 +47,17 @@ _LARGE_FROM_BYTES = 64 * MIB  # below, loading is instant, and one CPU thread is
 _ALL_THREADS = torch.get_num_threads()
 
 
+_MOST_LAYERS = 1000  # far above any published model; every layer takes time even without memory
+_DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_ATTENTIONS = (None, "eager", "sdpa")
+_OVERRULED = (  # fields that only change how the outputs look, and labels, which a language model does not have
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+    "num_labels",
+)
+
+
 class LoadError(GlmlabError):
     """A model cannot be loaded as asked; the text says what is wrong and what to ask for instead."""
 
@@ -161,6 +172,7 @@ def load_model(
         True
     """
     started = time.perf_counter()
+    name = str(name)  # a Path is as good
     if weights not in ("checkpoint", "random"):
         raise LoadError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
     if precision not in (*PRECISIONS, "auto"):
@@ -209,7 +221,8 @@ def load_config(config_file: Path) -> Any:
     """Read a config.json into transformers' config class, without code of the checkpoint.
 
     Raises:
-        CheckpointError: not JSON, no ``model_type``, or a model_type that transformers does not know.
+        CheckpointError: not JSON, no ``model_type``, or one that transformers does not know; dimensions that no model
+            has; a checkpoint that is quantised already, or asks for attention code that is not PyTorch's.
         ArchitectureError: model_type chatglm with another architecture than ChatGLM2/3's.
 
     Example:
@@ -218,13 +231,19 @@ def load_config(config_file: Path) -> Any:
     """
     fields = read_config_json(config_file)
     model_type = fields.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"{config_file.name} says model_type {model_type!r}, which transformers {transformers.__version__} does "
             "not know; the checkpoint's own code is never executed. Use a checkpoint in transformers' format."
         )
+    _refuse_foreign_code(config_file, fields)
+    if fields.get("quantization_config"):
+        raise CheckpointError(
+            f"{config_file.name} has a quantization_config: its tensors are quantised already. Use the unquantised "
+            "checkpoint; precision='int8' or 'int4' quantises it on load."
+        )
     try:
-        config = AutoConfig.for_model(**fields)
+        config = AutoConfig.for_model(**{name: value for name, value in fields.items() if name not in _OVERRULED})
     except GlmlabError:
         raise
     except Exception as error:  # a strict config class refuses a value with an error of its own
@@ -236,13 +255,48 @@ def load_config(config_file: Path) -> Any:
             f"{config_file.name} describes a {model_type} model, which is not a causal language model. "
             "Use one that generates text."
         )
+    for name in _DIMENSIONS:
+        number = getattr(config, name, None)
+        most = _MOST_LAYERS if name == "num_hidden_layers" else None
+        if isinstance(number, int) and (number < 1 or (most and number > most)):
+            raise CheckpointError(
+                f"{config_file.name} says {name} = {number}, which no model has{f' (1 to {most})' if most else ''}. "
+                "Take config.json from the checkpoint's own repository."
+            )
     return config
 
 
+def _refuse_foreign_code(config_file: Path, fields: Any) -> None:
+    """Refuse attention and kernels by name: transformers would fetch code of that name from the hub and run it."""
+    if not isinstance(fields, dict):
+        return
+    for name, value in fields.items():
+        if name.removeprefix("_") in ("attn_implementation", "attn_implementation_internal"):
+            allowed = value is None or (isinstance(value, str) and value in _ATTENTIONS)
+        else:
+            allowed = not value or name.removeprefix("_") not in ("experts_implementation", "use_kernels")
+        if not allowed:
+            raise CheckpointError(
+                f"{config_file.name} says {name} = {value!r}, which names code outside PyTorch, and the suite runs "
+                "none that a checkpoint asks for. Remove that field from the file."
+            )
+        _refuse_foreign_code(config_file, value)
+
+
 def build_skeleton(config: Any) -> nn.Module:
-    """Build the model on the meta device: every module and shape, no memory for weights."""
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    """Build the model on the meta device: every module and shape, no memory for weights.
+
+    Raises:
+        CheckpointError: no model can be built from the config's values.
+    """
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # model classes take values as they come: any error of theirs means a wrong one
+        raise CheckpointError(
+            f"no {config.model_type} model can be built from this config.json ({type(error).__name__}: "
+            f"{_first_lines(error)}). Take config.json from the checkpoint's own repository."
+        ) from error
     return model
 
 
@@ -251,7 +305,7 @@ def _device(device: str) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         target = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise LoadError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
     if target.type not in ("cpu", "cuda"):
         raise LoadError(f"device={device!r} is not supported: the suite measures CUDA GPUs and the CPU.")
@@ -374,6 +428,11 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
                 "or use a smaller precision."
             ) from error
         raise LoadError(f"{folder} does not fit its own config.json: {_first_lines(error)}") from error
+    except Exception as error:  # a broken tensor file or generation_config.json fails in many ways
+        raise LoadError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {_first_lines(error)}). One of its files is damaged "
+            "or hand-edited: fetch the weights, config.json and generation_config.json again."
+        ) from error
     for what, keys in (
         ("lacks", info["missing_keys"]),
         ("has tensors that no part of the model takes:", info["unexpected_keys"]),
@@ -463,7 +522,9 @@ def _load_tokenizer(name: str, folder: Path, config: Any, weights: Weights) -> t
     if weights == "checkpoint" or has_tokenizer(folder):
         try:
             return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False), "the model's own"
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except GlmlabError:
+            raise
+        except Exception as error:  # every tokenizer class has its own way to fail on a broken file
             raise LoadError(
                 f"the tokenizer of {folder} cannot be read: {_first_lines(error)}. Copy the tokenizer files of the "
                 "same model into the folder."

@@ -97,3 +97,34 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_other_suffixes_are_refused() -> None:
     with pytest.raises(CurveError, match=r"end in \.csv"):
         csv_file("run.json")
+
+
+@pytest.mark.parametrize("header", ["[" * 100_000, '{"kind": "measured", "label": "x", "provenance": null}'])
+def test_header_of_the_wrong_shape_is_refused(tmp_path: Path, header: str) -> None:
+    csv_path, json_path = Curve(table()).save(tmp_path / "a.csv")
+    json_path.write_text(header, encoding="utf-8")
+    with pytest.raises(CurveError, match=r"a\.json(: the label must be text| is not readable JSON)"):
+        read_curve(csv_path)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [("1,1,1,1,0.5", "no index of a GPU"), ("1,1,1,1,inf", "no index"), ("1,1,1," + "9" * 400 + ",0", "too large")],
+)
+def test_cells_that_no_recording_writes_are_refused(tmp_path: Path, cells: str, message: str) -> None:
+    csv_path, _ = Curve(table()).save(tmp_path / "a.csv")
+    csv_path.write_text(f"step,turn,context_tokens,used_mib,gpu\n{cells}\n", encoding="utf-8")
+    with pytest.raises(CurveError, match=message):
+        read_curve(csv_path)
+
+
+def test_places_that_cannot_be_written_are_named_and_nothing_is_left(tmp_path: Path) -> None:
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CurveError, match=r"folder\.csv is a folder"):
+        Curve(table()).save(tmp_path / "folder.csv")
+    with pytest.raises(CurveError, match="cannot be written .* another folder"):
+        Curve(table()).save(tmp_path / "file" / "a.csv")
+    with pytest.raises(CurveError, match="names no file"):
+        read_curve("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.csv"]

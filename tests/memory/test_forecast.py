@@ -1,6 +1,7 @@
 """Forecasts: equal to the reference replay of the original chat, adding up, explained, bounded by a card."""
 
 import importlib.util
+import json
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,25 @@ def test_damaged_traces_are_refused(tmp_path: Path) -> None:
         read_trace(path)
     with pytest.raises(TraceError, match="is not there"):
         read_trace(tmp_path / "missing.npz")
+
+
+def test_hand_edited_traces_are_refused(tmp_path: Path) -> None:
+    path = load_recorded(TRACE).save(tmp_path / "trace.npz")
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    facts = json.loads(str(arrays["facts"]))
+    names = np.array(["loading" if name == "load" else name for name in arrays["section_names"].tolist()])
+    edits: list[tuple[str, object, str]] = [
+        ("facts", np.array("[" * 100_000), "not a readable allocation trace"),
+        ("facts", np.array(json.dumps({**facts, "first_prompt_min": "x"})), "the fact first_prompt_min is 'x'"),
+        ("carried_slots", arrays["carried_slots"] + 0.5, "not a readable allocation trace"),
+        ("label_of_event", np.array(5), "needs as many labels"),
+        ("section_names", names, "no section 'load', which this conversation needs"),
+    ]
+    for name, value, message in edits:
+        np.savez(path, **{**arrays, name: value})
+        with pytest.raises(TraceError, match=message):
+            read_trace(path).schedule([Turn(8, 3)])
 
 
 def test_unknown_recorded_traces_are_named() -> None:

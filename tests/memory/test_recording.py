@@ -393,7 +393,24 @@ def test_lost_rows_and_damaged_transcripts_are_noticed(loaded: LoadedModel, tmp_
         lines[1]["ids"].append(5)
         transcript.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
+    def unknown_token(path: Path) -> None:
+        transcript = path.with_suffix(".transcript.jsonl")
+        lines = [json.loads(line) for line in transcript.read_bytes().splitlines()]
+        lines[1]["ids"][0] = 10**9
+        transcript.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def other_json(path: Path) -> None:
+        path.with_suffix(".transcript.jsonl").write_text("[1, 2]\n", encoding="utf-8")
+
+    def no_resumptions(path: Path) -> None:
+        header = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        del header["provenance"]["resumptions"]
+        path.with_suffix(".json").write_text(json.dumps(header), encoding="utf-8")
+
     cases: list[tuple[Callable[[Path], None], str]] = [
+        (unknown_token, r"transcript\.jsonl is damaged \(line 2 is not one that a recording writes\)"),
+        (other_json, r"transcript\.jsonl is damaged \(line 1 is not one that a recording writes\)"),
+        (no_resumptions, r"no_resumptions\.json is damaged \(its provenance has no resumptions"),
         (break_csv, "shorter than its transcript says"),
         (break_transcript, r"transcript\.jsonl is damaged"),
         (other_answer, r"tokenizer or chat format changed"),

@@ -384,3 +384,5 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.pickle", tmp_path):
         with pytest.raises(SnapshotError, match="not there"):
             read_snapshot(path)
+    with pytest.raises(SnapshotError, match="cannot be read: File name too long"):
+        read_snapshot(tmp_path / ("a" * 5000))

@@ -66,6 +66,22 @@ def test_unknown_names_are_refused(name, message):
         find_checkpoint(name)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "~no-such-user-here/model"])
+@pytest.mark.parametrize("find", [find_checkpoint, find_config])
+def test_names_that_no_file_can_have_are_refused(name, find):
+    with pytest.raises(CheckpointError, match=r"cannot be a file or folder .* Check the path"):
+        find(name)
+
+
+def test_unreadable_files_are_named(checkpoint, monkeypatch):
+    def refuse(self, *arguments, **keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read \(Permission denied\). Check its perm"):
+        check_checkpoint(checkpoint)
+
+
 def test_unknown_config_lists_what_there_is():
     with pytest.raises(CheckpointError, match=r"no config for 'misspelt': .*chatglm2-6b, chatglm3-6b"):
         find_config("misspelt")
@@ -120,6 +136,23 @@ def _empty_file(folder):
     (folder / "model.safetensors").write_bytes(b"")
 
 
+def _config_of_many_brackets(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def _config_of_many_digits(folder):
+    (folder / "config.json").write_text('{"num_layers": ' + "9" * 5000 + "}")
+
+
+def _offsets_of_letters(folder):
+    header = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": "08"}}'
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
+def _index_with_a_long_name(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a" * 5000}}))
+
+
 def _missing_shard(folder):
     _shard(folder)
     (folder / "model-00002-of-00002.safetensors").unlink()
@@ -163,6 +196,10 @@ def _no_tokenizer(folder):
         (_too_long, "model.safetensors is too long"),
         (_broken_header, "is not a whole safetensors file: its header is broken"),
         (_header_beyond_end, "is not a whole safetensors file: its header is broken"),
+        (_config_of_many_brackets, "config.json is not JSON"),
+        (_config_of_many_digits, "config.json is not JSON"),
+        (_offsets_of_letters, "is not a whole safetensors file: its header is broken"),
+        (_index_with_a_long_name, "names 'aaaa.*, which is not a file of the folder"),
         (_empty_file, "is not a whole safetensors file: its header is broken"),
         (_missing_shard, "is incomplete: the index names model-00002-of-00002.safetensors, which is not there"),
         (_index_of_another_download, "does not hold transformer.nowhere.weight, which the index says it does"),

@@ -1,6 +1,7 @@
 """load_model: every precision, random weights, reports that add up, and one clear error for each bad input."""
 
 import json
+import struct
 
 import pytest
 import torch
@@ -198,6 +199,66 @@ class TestBadInput:
     def test_config_with_a_value_of_the_wrong_kind(self, checkpoint):
         _configure(checkpoint, hidden_size="many")
         self.refuse("config.json is not a usable chatglm config", str(checkpoint), CheckpointError)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"model_type": ["chatglm"]}, r"model_type \['chatglm'\], which transformers .* does not know"),
+            ({"num_layers": 10**9}, r"num_hidden_layers = 1000000000, which no model has \(1 to 1000\)"),
+            ({"num_layers": 0}, "num_hidden_layers = 0, which no model has"),
+            ({"hidden_size": -64}, "hidden_size = -64, which no model has"),
+            ({"num_attention_heads": 0}, "num_attention_heads = 0, which no model has"),
+            ({"padded_vocab_size": 0}, "vocab_size = 0, which no model has"),
+            ({"kv_channels": -32}, "no chatglm model can be built from this config.json"),
+            ({"hidden_act": "evil"}, "no chatglm model can be built from this config.json .*evil"),
+            ({"torch_dtype": "load"}, "no chatglm model can be built from this config.json"),
+            ({"quantization_config": {"quant_method": "gptq"}}, "its tensors are quantised already. Use the unquantis"),
+        ],
+    )
+    @pytest.mark.parametrize("weights", ["checkpoint", "random"])
+    def test_config_of_no_model(self, checkpoint, changes, message, weights):
+        _configure(checkpoint, **changes)
+        self.refuse(message, str(checkpoint), CheckpointError, weights=weights)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"attn_implementation": "somebody/kernel"},
+            {"_attn_implementation": "flash_attention_2"},
+            {"text_config": {"attn_implementation": "somebody/kernel"}},
+            {"experts_implementation": "somebody/kernel"},
+        ],
+    )
+    def test_config_that_names_code_of_others(self, checkpoint, changes):
+        _configure(checkpoint, **changes)
+        self.refuse("names code outside PyTorch, and the suite runs none", str(checkpoint), CheckpointError)
+
+    def test_config_fields_that_change_outputs_only_are_overruled(self, checkpoint):
+        _configure(checkpoint, return_dict=False, output_hidden_states="all", num_labels=10**9)
+        config = load_model(str(checkpoint), device="cpu").model.config
+        assert config.return_dict
+        assert not config.output_hidden_states
+
+    @pytest.mark.parametrize(
+        ("file", "content", "message"),
+        [
+            ("tokenizer_config.json", "null", "the tokenizer of .* cannot be read"),
+            ("tokenizer_config.json", '{"tokenizer_class": 5}', "the tokenizer of .* cannot be read"),
+            ("special_tokens_map.json", "[]", "the tokenizer of .* cannot be read"),
+            ("generation_config.json", "null", "cannot be loaded .* fetch the weights, config.json and generation_"),
+            ("generation_config.json", '{"max_new_tokens": "many"}', "cannot be loaded .*TypeError"),
+        ],
+    )
+    def test_hand_edited_side_files(self, checkpoint, file, content, message):
+        (checkpoint / file).write_text(content)
+        self.refuse(message, str(checkpoint))
+
+    def test_overlapping_tensors(self, checkpoint):
+        entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+        header = json.dumps({"a": entry, "b": entry}).encode()
+        content = struct.pack("<Q", len(header)) + header + bytes(8)
+        (checkpoint / "model.safetensors").write_bytes(content)
+        self.refuse("cannot be loaded .*SafetensorError", str(checkpoint))
 
     def test_int4_on_odd_dimensions(self, tmp_path):
         fields = json.loads(find_config("embedded").read_text())
