@@ -340,13 +340,15 @@ class ClassGraph:
 
         Example:
             >>> print(build_graph([ClassNode("A", "m", (), ("A",), (Member("run"),))], roots=["A"]).to_mermaid())
+            %%{init: {"class": {"hideEmptyMembersBox": true}}}%%
             classDiagram
+                direction BT
                 class A["A"] {
                     run()
                 }
         """
         ids = {node.name: _identifier(node.name) for node in self.nodes}
-        lines = ["classDiagram"]
+        lines = ['%%{init: {"class": {"hideEmptyMembersBox": true}}}%%', "classDiagram", "    direction BT"]
         for node in self.nodes:
             inside = [f"<<{node.kind}>>"] if node.kind != "class" else []
             inside += [_mermaid_text(part.label) for part in self.shown_parts(node)]
@@ -354,10 +356,11 @@ class ClassGraph:
             lines.append(f'    class {ids[node.name]}["{node.name}"]' + (" {" if inside else ""))
             lines += [f"        {line}" for line in inside]
             lines += ["    }"] if inside else []
-        signs = {"inherits": "--|>", "has": "*--", "builds": "..>"}
-        for arrow in self.arrows:
+        for arrow in self.arrows:  # from the lower end to the upper: bases, wholes and builders stand above
             label = f" : {_mermaid_text(arrow.label)}" if arrow.label else ""
-            lines.append(f"    {ids[arrow.source]} {signs[arrow.kind]} {ids[arrow.target]}{label}")
+            source, target = ids[arrow.source], ids[arrow.target]
+            relation = {"inherits": f"{source} --|> {target}", "has": f"{target} --* {source}"}
+            lines.append(f"    {relation.get(arrow.kind, f'{target} <.. {source}')}{label}")
         return "\n".join(lines)
 
     def to_plantuml(self) -> str:
@@ -367,13 +370,14 @@ class ClassGraph:
             >>> node = ClassNode("A", "m", (), ("A",), (Member("run", abstract=True),))
             >>> print(build_graph([node], roots=["A"]).to_plantuml())
             @startuml
+            hide empty members
             abstract class "A" as A {
                 {abstract} run()
             }
             @enduml
         """
         ids = {node.name: _identifier(node.name) for node in self.nodes}
-        lines = ["@startuml"]
+        lines = ["@startuml", "hide empty members"]
         for node in self.nodes:
             inside = [f"{{field}} {part.label}" for part in self.shown_parts(node)]
             inside += [f"{'{abstract} ' if m.abstract else ''}{m.label}" for m in self.shown_members(node)]

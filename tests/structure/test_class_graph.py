@@ -97,16 +97,18 @@ class TestQuestions:
 class TestTexts:
     def test_mermaid(self):
         text = _graph().to_mermaid()
-        assert text.splitlines()[0] == "classDiagram"
+        assert text.splitlines()[1] == "classDiagram"
+        assert '"hideEmptyMembersBox": true' in text
         assert '    class Layer["Layer"]\n' in text, "no empty compartment"
         assert "        run()*\n" in text
         assert "        <<mixin>>\n" in text
-        for line in ("Leaf --|> Middle", "Middle *-- Layer : layers 3 x", "Maker ..> Leaf : builds"):
+        for line in ("Leaf --|> Middle", "Layer --* Middle : layers 3 x", "Leaf <.. Maker : builds"):
             assert f"    {line}\n" in f"{text}\n"
 
     def test_plantuml(self):
         lines = _graph().to_plantuml().splitlines()
         assert (lines[0], lines[-1]) == ("@startuml", "@enduml")
+        assert lines[1] == "hide empty members"
         assert 'abstract class "Top" as Top {' in lines
         assert 'class "SaveMixin" as SaveMixin <<mixin>> {' in lines
         assert 'class "Layer" as Layer' in lines
