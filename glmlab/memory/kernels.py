@@ -64,7 +64,8 @@ def _inlined(function: F) -> F:
 
 
 def _entry(function: F) -> F:
-    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)  # the cache holds all it calls
+    # the cache on disk holds everything that the function calls, too
+    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)
     return compiled
 
 

@@ -205,7 +205,7 @@ CHAT_TEMPLATE = (
     "{%- set text = message['content'] or '' -%}"
     "{%- set listed = message['tools'] if message['tools'] is defined"
     " else (tools if loop.first and message['role'] == 'system' else none) -%}"
-    "{%- if message['role'] == 'system' and listed -%}"
+    "{%- if message['role'] == 'system' and listed is not none -%}"
     "{%- set text = text + '\n' + (listed | tojson(indent=4)) -%}"
     "{%- endif -%}"
     "{{- '<|' + message['role'] + '|>' + (message['metadata'] or '') + '\n' -}}"
@@ -287,7 +287,7 @@ class ChatGLMTokenizer(TokenizersBackend):
             kwargs.pop(name, None)
         kwargs.update(unk_token="<unk>", pad_token="<unk>", eos_token="</s>", padding_side="left")
         kwargs.update(clean_up_tokenization_spaces=False, split_special_tokens=True)
-        kwargs["chat_template"] = kwargs.get("chat_template") or CHAT_TEMPLATE
+        kwargs["chat_template"] = CHAT_TEMPLATE  # what a checkpoint brings may cut a chat into other pieces
         super().__init__(**kwargs)
 
     @classmethod

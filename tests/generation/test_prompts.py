@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from glmlab.generation.prompts import PromptError, chat_segments, encode_chat, encode_segments
 from glmlab.models.chatglm3 import SPECIAL_TOKENS, ChatGLMTokenizer, build_tokenizer_backend
@@ -34,6 +34,7 @@ def test_golden_chats(shared_data):
         ([USER], None),
         ([SYSTEM, USER, ASSISTANT, USER], None),
         ([SYSTEM, USER], TOOLS),
+        ([SYSTEM, USER], []),
         ([USER, {**ASSISTANT, "metadata": "get_weather"}, OBSERVATION], None),
         ([{**USER, "content": " two  blanks \n\n"}], None),
     ],
@@ -43,6 +44,14 @@ def test_template_and_builder_agree(embedded, messages, tools, opened):
     built = encode_chat(embedded.tokenizer, messages, tools, add_generation_prompt=opened)
     templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=opened)
     assert templated["input_ids"] == built
+
+
+def test_a_template_that_a_checkpoint_brings_does_not_change_the_ids(checkpoint, embedded):
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    templated = tokenizer.apply_chat_template([SYSTEM, USER], add_generation_prompt=True)
+    assert templated["input_ids"] == encode_chat(embedded.tokenizer, [SYSTEM, USER])
 
 
 @given(text=st.text())
