@@ -105,7 +105,7 @@ def owner_of_loaded(recorder: Recorder, model: nn.Module) -> dict[int, str]:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is None:
                 continue
-            for state in _quantisation_state(module, tensor):
+            for state in quantisation_state_of(module, tensor):
                 owners.setdefault(recorder.number_of(state), "quantisation_state")
             owners[recorder.number_of(tensor)] = OWNER_OF_COMPONENT[component_of(path)]
     owners.pop(-1, None)
@@ -178,7 +178,7 @@ def _quantising_on_meta() -> Iterator[None]:
         Params4bit.to, Int8Params.to = to_4bit, to_int8
 
 
-def _quantisation_state(module: Any, tensor: Any) -> list[Tensor]:
+def quantisation_state_of(module: Any, tensor: Any) -> list[Tensor]:
     """Tensors that bitsandbytes keeps beside a quantised weight."""
     state = getattr(tensor, "quant_state", None)
     found = [state.absmax, state.code, state.offset] if state is not None else []

@@ -80,7 +80,7 @@ def predict_bytes(skeleton: nn.Module, precision: str, dtype: torch.dtype) -> di
     sizes = dict.fromkeys(COMPONENTS, 0)
     seen: set[int] = set()
     for name, module in skeleton.named_modules():
-        for key, tensor in _own_tensors(module):
+        for key, tensor in own_tensors(module):
             if id(tensor) in seen:  # tied weights are stored once
                 continue
             seen.add(id(tensor))
@@ -105,18 +105,19 @@ def measure_bytes(model: nn.Module) -> dict[str, int]:
     sizes = dict.fromkeys(COMPONENTS, 0)
     seen: set[int] = set()
     for name, module in model.named_modules():
-        for _, tensor in _own_tensors(module):
+        for _, tensor in own_tensors(module):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             sizes[component_of(name)] += tensor.numel() * tensor.element_size()
             sizes["quantisation state"] += sum(
-                state.numel() * state.element_size() for state in _quantisation_state(module, tensor)
+                state.numel() * state.element_size() for state in quantisation_state_of(module, tensor)
             )
     return sizes
 
 
-def _own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def own_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the parameters and buffers of a module itself, by name, without those of its children."""
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     return [(name, tensor) for name, tensor in own if tensor is not None]
 
@@ -129,8 +130,8 @@ def _quantized_bytes(linear: nn.Linear, precision: str) -> tuple[int, int]:
     return weights // 2, 4 * (weights // BLOCK_4BIT) + _NF4_CODE_BYTES
 
 
-def _quantisation_state(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors that bitsandbytes keeps beside a quantised weight: absmax and code (int4), row scales (int8)."""
+def quantisation_state_of(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return what bitsandbytes keeps beside a quantised weight: absmax and code (int4), row scales (int8)."""
     if (state := getattr(tensor, "quant_state", None)) is not None:
         return [state.absmax, state.code]
     row_scales = [getattr(owner, "SCB", None) for owner in (tensor, getattr(module, "state", None))]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from glmlab.models.loading import LoadedModel
-from glmlab.models.sizes import _own_tensors, _quantisation_state
+from glmlab.models.sizes import own_tensors, quantisation_state_of
 from glmlab.structure.graph import StructureError
 from glmlab.structure.tree import ModuleRow, ModuleTree, Shape
 
@@ -96,7 +96,7 @@ class _Sizes:
         self._own: dict[str, tuple[int, int]] = {}
         seen: set[int] = set()
         for path, module in model.named_modules(remove_duplicate=False):
-            fresh = [(name, tensor) for name, tensor in _own_tensors(module) if id(tensor) not in seen]
+            fresh = [(name, tensor) for name, tensor in own_tensors(module) if id(tensor) not in seen]
             seen |= {id(tensor) for _, tensor in fresh}
             self._own[path] = (
                 sum(_parameter_count(module, tensor) for name, tensor in fresh if name in module._parameters),
@@ -161,7 +161,7 @@ def _equal_runs(module: nn.Module) -> Iterator[list[str]]:
 def _signature(module: nn.Module) -> Any:
     """Class, names and shapes of everything inside: what makes two layers equal."""
     return [
-        (path, type(inner), [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _own_tensors(inner)])
+        (path, type(inner), [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own_tensors(inner)])
         for path, inner in module.named_modules()
     ]
 
@@ -173,5 +173,5 @@ def _parameter_count(module: nn.Module, tensor: Tensor) -> int:
 
 
 def _stored_bytes(module: nn.Module, tensor: Tensor) -> int:
-    state = sum(part.numel() * part.element_size() for part in _quantisation_state(module, tensor))
+    state = sum(part.numel() * part.element_size() for part in quantisation_state_of(module, tensor))
     return tensor.numel() * tensor.element_size() + state
