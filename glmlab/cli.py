@@ -240,10 +240,16 @@ def bench(
     out: Annotated[Path, typer.Option(help="where the ratios go, as JSON")] = Path("build/bench.json"),
     repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,
 ) -> None:
-    """Print what the suite's own code costs, as ratios of ways that take turns."""
+    """Print what the suite's own code costs: the decode loop as ratios, the replay in nanoseconds an event."""
     from glmlab.bench import format_ratios, run_benchmarks
+    from glmlab.memory.benchmark import benchmark_replay, speed_table
+    from glmlab.memory.tracing import trace
+    from glmlab.memory.workload import Workload
 
     typer.echo(format_ratios(run_benchmarks(repetitions, out)))
+    for attention in ("sdpa", "eager"):
+        typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")
+        typer.echo(speed_table(benchmark_replay(trace(Workload.of("chatglm3-6b", attention=attention)))))
 
 
 @app.command()

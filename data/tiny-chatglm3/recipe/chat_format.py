@@ -11,17 +11,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
-SPECIAL_TOKENS = (  # their ids follow the sentencepiece pieces, in this order
-    "[MASK]",
-    "[gMASK]",
-    "[sMASK]",
-    "sop",
-    "eop",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-)
+from glmlab.models.chatglm3 import SPECIAL_TOKENS
 
 Message = dict[str, Any]  # role, content, and where needed metadata (a tool's name) or tools (a list)
 Dialogue = list[Message]
