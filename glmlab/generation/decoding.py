@@ -214,7 +214,7 @@ def decode_steps(
             custom_generate=loop,
             **({} if cache is None else {"past_key_values": cache}),
         )
-    except ValueError as error:  # transformers' own checks; all of them run before the loop begins
+    except (ValueError, TypeError) as error:  # transformers' own checks; all of them run before the loop begins
         raise DecodeError(f"the generation settings cannot be used: {error}") from error
     return steps
 

@@ -368,6 +368,14 @@ def _sampling_at(temperature):
     return config
 
 
+def _greedy_with(**fields) -> GenerationConfig:
+    """Greedy settings with values that GenerationConfig itself does not check."""
+    config = GenerationConfig(do_sample=False)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
 @pytest.mark.parametrize(
     ("prompt", "arguments", "message"),
     [
@@ -382,6 +390,11 @@ def _sampling_at(temperature):
         ([5], {"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False: this loop feeds one token"),
         ([5], {"generation_config": GenerationConfig(penalty_alpha=0.5, top_k=4)}, "contrastive search is not shown"),
         ([5], {"generation_config": _sampling_at(0.0)}, "the generation settings cannot be used: .*temperature"),
+        (
+            [5],
+            {"generation_config": _greedy_with(no_repeat_ngram_size="x")},
+            "the generation settings cannot be used: ",
+        ),
         ([5], {"keep": Keep(attentions=True)}, "attentions are never formed by 'sdpa' attention"),
     ],
 )
