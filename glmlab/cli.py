@@ -242,14 +242,15 @@ def bench(
 ) -> None:
     """Print what the suite's own code costs: the decode loop as ratios, the replay in nanoseconds an event."""
     from glmlab.bench import format_ratios, run_benchmarks
-    from glmlab.memory.benchmark import benchmark_replay, speed_table
+    from glmlab.memory.benchmark import STEPS, benchmark_replay, speed_table
     from glmlab.memory.tracing import trace
     from glmlab.memory.workload import Workload
 
     typer.echo(format_ratios(run_benchmarks(repetitions, out)))
     for attention in ("sdpa", "eager"):
+        traced = trace(Workload.of("chatglm3-6b", attention=attention))
         typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")
-        typer.echo(speed_table(benchmark_replay(trace(Workload.of("chatglm3-6b", attention=attention)))))
+        typer.echo(speed_table(benchmark_replay(traced, steps=STEPS)))
 
 
 @app.command()

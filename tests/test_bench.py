@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from glmlab import bench
 from glmlab.cli import app
 from glmlab.errors import GlmlabError
+from glmlab.memory import benchmark
 
 
 def test_the_ways_take_turns_after_a_round_that_does_not_count():
@@ -26,16 +27,23 @@ def test_a_ratio_compares_speeds_of_equal_work(monkeypatch):
     assert (default.first_ms, default.second_ms) == (500.0, 1000.0)
 
 
-def test_the_command_prints_a_table_and_writes_it_down(tmp_path):
+def test_the_command_prints_its_tables_and_writes_the_ratios_down(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "STEPS", (20, 40))
     out = tmp_path / "build" / "bench.json"
     result = CliRunner().invoke(app, ["bench", "--repetitions", "1", "--out", str(out)])
     assert result.exit_code == 0
-    header, *lines = result.stdout.splitlines()
+    ratio_table, sdpa, eager = result.stdout.split("\n\n")
+    header, *lines = ratio_table.splitlines()
     assert header.split()[:2] == ["key", "ratio"]
     ratios = json.loads(out.read_text())["ratios"]
     assert [line.split()[0] for line in lines] == list(ratios)
     assert {"decode_over_generate", "decode_full_logits_over_generate"} <= set(ratios)
     assert all(ratio["value"] > 0 for ratio in ratios.values())
+    for attention, table in {"sdpa": sdpa, "eager": eager}.items():
+        title, head, *rows = table.splitlines()
+        assert f"fp16, {attention}" in title
+        assert head.split() == ["steps", "events", "seconds", "ns/event", "growth"]
+        assert [row.split()[0] for row in rows] == ["20", "40"]
 
 
 def test_nothing_measured_is_refused(tmp_path):
