@@ -585,7 +585,7 @@ def _public_name(name: str) -> str:
     """Name of a model without the folders of this machine.
 
     Example:
-        >>> _public_name("zai-org/chatglm3-6b"), _public_name("/home/me/checkpoints/chatglm3-6b")
+        >>> _public_name("zai-org/chatglm3-6b"), _public_name("/checkpoints/chatglm3-6b")
         ('zai-org/chatglm3-6b', 'chatglm3-6b')
     """
     path = Path(name).expanduser()

@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -320,9 +321,12 @@ def test_a_history_with_gaps_gives_a_report_not_a_crash(tmp_path: Path, seed: in
 # -- files that are no snapshots ---------------------------------------------------------------------------------------
 
 
+MARKER = Path(tempfile.gettempdir()) / "a-snapshot-ran-code"
+
+
 class RunsCode:
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch /tmp/this-must-not-exist",)
+        return os.system, (f"touch {MARKER}",)
 
 
 class PersistentPickler(pickle.Pickler):
@@ -377,7 +381,7 @@ def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path, content: 
     with pytest.raises(SnapshotError, match=says) as caught:
         replay_snapshot(read_snapshot(path))
     assert str(path) in str(caught.value)
-    assert not Path("/tmp/this-must-not-exist").exists()
+    assert not MARKER.exists()
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
