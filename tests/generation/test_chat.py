@@ -77,24 +77,11 @@ class TestTurns:
         assert 0 < turn.first_token_s < 5
 
 
-def test_a_tool_is_called_and_its_answer_used(embedded):
-    tools = [
-        {
-            "name": "get_weather",
-            "description": "Get the weather of a city",
-            "parameters": {
-                "type": "object",
-                "properties": {"city": {"type": "string", "description": "City name"}},
-                "required": ["city"],
-            },
-        }
-    ]
-    system = "Answer the following questions as best as you can. You have access to the following tools:"
-    session = ChatSession(embedded, system=system, tools=tools, max_new_tokens=80)
-    call = _last(session.say("What is the weather in Paris?"))
+def test_a_tool_is_called_and_its_answer_used(weather_session):
+    call = _last(weather_session.say("What is the weather in Paris?"))
     assert call.metadata == "get_weather"
     assert "tool_call(city='Paris')" in call.text
-    answer = _last(session.say('{"temperature": 21, "condition": "sunny"}', role="observation"))
+    answer = _last(weather_session.say('{"temperature": 21, "condition": "sunny"}', role="observation"))
     assert "21" in answer.text
     assert "sunny" in answer.text
 

@@ -10,18 +10,6 @@ from hypothesis import strategies as st
 from glmlab.generation.chat import ChatSession
 from glmlab.generation.tools import ToolCall, ToolCallError, answer_tool_call, parse_tool_call, read_tool_call
 
-SYSTEM = "Answer the following questions as best as you can. You have access to the following tools:"
-TOOLS = [
-    {
-        "name": "get_weather",
-        "description": "Get the weather of a city",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "City name"}},
-            "required": ["city"],
-        },
-    }
-]
 LITERALS = st.recursive(
     st.none()
     | st.booleans()
@@ -133,18 +121,17 @@ class TestAnswering:
 
 
 class TestRoundTrip:
-    def test_the_model_calls_and_uses_the_answer(self, embedded):
+    def test_the_model_calls_and_uses_the_answer(self, embedded, weather_session):
         asked = []
 
         def get_weather(city: str) -> dict:
             asked.append(city)
             return {"temperature": 21, "condition": "sunny"}
 
-        session = ChatSession(embedded, system=SYSTEM, tools=TOOLS, max_new_tokens=80)
-        *_, turn = session.say("What is the weather in Paris?")
+        *_, turn = weather_session.say("What is the weather in Paris?")
         call = read_tool_call(embedded.tokenizer, turn.token_ids)
         assert call == ToolCall("get_weather", {"city": "Paris"})
-        *_, turn = session.say(answer_tool_call(call, {"get_weather": get_weather}), role="observation")
+        *_, turn = weather_session.say(answer_tool_call(call, {"get_weather": get_weather}), role="observation")
         assert asked == ["Paris"]
         assert "21" in turn.text
         assert "sunny" in turn.text
@@ -154,9 +141,8 @@ class TestRoundTrip:
         *_, turn = ChatSession(embedded, max_new_tokens=80).say("你好")
         assert read_tool_call(embedded.tokenizer, turn.token_ids) is None
 
-    def test_a_cut_call_is_malformed(self, embedded):
-        session = ChatSession(embedded, system=SYSTEM, tools=TOOLS)
-        *_, whole = session.say("What is the weather in Paris?")
+    def test_a_cut_call_is_malformed(self, embedded, weather_session):
+        *_, whole = weather_session.say("What is the weather in Paris?")
         with pytest.raises(ToolCallError, match="malformed call of 'get_weather': it has 0 code blocks"):
             read_tool_call(embedded.tokenizer, whole.token_ids[:-4])
 

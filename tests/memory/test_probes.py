@@ -7,21 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_gpu import GPU_UUIDS, MIG_UUIDS, FakeCuda, FakeDriver, build_library, install_driver
+from fake_gpu import GPU_UUIDS, MIG_UUIDS, FakeCuda, FakeDriver
 from torch import nn
 
 from glmlab.memory.probes import MemoryProbe, ProbeError, Reading
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_library(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture
-def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return install_driver(library, tmp_path / "state", monkeypatch)
 
 
 def other_pid() -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver, build_library, install_driver
+from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver
 
 from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.memory.curve import read_curve
@@ -41,17 +41,6 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def loaded() -> LoadedModel:
     return load_model("embedded", weights="random", precision="fp32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_library(tmp_path_factory.mktemp("nvml"))
-
-
-@pytest.fixture
-def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return install_driver(library, tmp_path / "state", monkeypatch)
 
 
 def provenance_of(path: Path) -> dict[str, object]:
