@@ -94,6 +94,8 @@ NOT_MODELLED: dict[str, Effect] = {
 """Left out."""
 
 FUSED_4BIT_ROWS = 256
+"""Most rows of a product whose 4-bit weight a fused kernel reads (see ``bnb-4bit-dequantise``)."""
+
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 * MIB
 
@@ -102,12 +104,15 @@ CUBLAS_WORKSPACE_BYTES_HOPPER = 32 * MIB
 class DeviceRules:
     """The effects as rules of a recorder, for one GPU architecture.
 
-    ``dequantise_4bit``: products of this run have more than :data:`FUSED_4BIT_ROWS` rows in a prefill.
+    A trace holds for prompts of any length, but whether a prefill dequantises 4-bit weights depends on that length. So
+    ``dequantise_4bit`` says it for every prefill of the run: its longest prompt times ``batch`` is more than
+    :data:`FUSED_4BIT_ROWS` rows. A decode step has ``batch`` rows, whatever the prompts are.
     """
 
     architecture: str
     without: frozenset[str] = frozenset()
     dequantise_4bit: bool = False
+    batch: int = 1
     workspace: int | None = None  # number of the workspace's allocation, once there is one
 
     def operations(self) -> dict[Any, OperationRule]:
@@ -204,7 +209,9 @@ class DeviceRules:
     def _product_4bit(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source, _, (out_features, in_features) = args[:3]
         rows = source.numel() // in_features
-        if self.dequantise_4bit and rows > 1 and "bnb-4bit-dequantise" not in self.without:
+        is_prefill = rows > self.batch
+        dequantises = self.dequantise_4bit if is_prefill else rows > FUSED_4BIT_ROWS
+        if dequantises and "bnb-4bit-dequantise" not in self.without:
             weight = torch.empty(out_features, in_features, dtype=source.dtype, device=META)
             recorder.see(weight, "dequantize_4bit")
         output = torch.empty(*source.shape[:-1], out_features, dtype=source.dtype, device=META)

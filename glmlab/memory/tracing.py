@@ -31,7 +31,7 @@ from torch import Tensor
 
 from glmlab.errors import GlmlabError
 from glmlab.generation import chat, decoding
-from glmlab.memory import allocation_trace, device_effects, meta_loading, recorder, trace_building
+from glmlab.memory import allocation_trace, device_effects, events, meta_loading, recorder, trace_building
 from glmlab.memory.allocation_trace import (
     STEADY,
     STEP_NAMES,
@@ -47,7 +47,7 @@ from glmlab.memory.meta_loading import dtype_of, load_on_meta, owner_of_loaded
 from glmlab.memory.recorder import OperationRule, Recorder, module_paths, recording
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.workload import Workload, WorkloadError
-from glmlab.models import chatglm3, loading
+from glmlab.models import chatglm3, loading, sizes
 from glmlab.models.loading import build_skeleton, load_config
 
 CONVERSATIONS = (
@@ -63,8 +63,11 @@ MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
 """Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
 
 _CODE = (
-    allocation_trace, chat, chatglm3, decoding, device_effects, loading, meta_loading, recorder, trace_building,
+    allocation_trace, chat, chatglm3, decoding, device_effects, events, loading, meta_loading, recorder, sizes,
+    trace_building,
 )  # fmt: skip
+"""Modules whose text decides what a trace holds: an edit makes cached traces anew."""
+
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
@@ -276,7 +279,10 @@ class _Run:
         self.recorder = Recorder()
         self.scalars = _Scalars()
         self.device = DeviceRules(
-            settings["architecture"], frozenset(settings["without_effects"]), settings["dequantise_4bit"]
+            settings["architecture"],
+            frozenset(settings["without_effects"]),
+            settings["dequantise_4bit"],
+            workload.batch,
         )
         self.steps: list[Step] = []
         self.kv_bytes_per_token = 0

@@ -1,6 +1,8 @@
 """Traces of models on the meta device: what is recorded, what is checked, what is refused, what is cached."""
 
+import ast
 import json
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -193,6 +195,19 @@ def test_workspace_follows_the_architecture() -> None:
         assert len(workspace) == 1
         sizes[architecture] = workspace[0]
     assert sizes == {"ada": CUBLAS_WORKSPACE_BYTES, "hopper": CUBLAS_WORKSPACE_BYTES_HOPPER}
+
+
+@pytest.mark.parametrize(
+    ("batch", "turns", "in_prefill", "in_step"),
+    [(1, "200:5", 0, 0), (2, "200:5", 1, 0), (1, "300:5", 1, 0), (300, "2:5", 1, 1)],
+)
+def test_4bit_weights_are_dequantised_by_products_of_many_rows(
+    batch: int, turns: str, in_prefill: int, in_step: int
+) -> None:
+    made = trace(shallow("chatglm3-6b", precision="int4", batch=batch, turns=turns))
+    linears = LAYERS * 6  # q, k, v, o, gate and up, down
+    assert labels(made, "first.prefill")["dequantize_4bit"] == linears * in_prefill
+    assert labels(made, "steady")["dequantize_4bit"] == linears * in_step
 
 
 def test_grouped_heads_without_flash_attention_use_the_unfused_form() -> None:
@@ -391,6 +406,22 @@ def test_the_cache_is_used_and_follows_the_content(monkeypatch: pytest.MonkeyPat
     with pytest.raises(AssertionError, match="traced again"):
         trace(shallow("llama-2-7b"), refresh=True)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_every_module_that_shapes_a_trace_is_part_of_its_name() -> None:
+    shaping = {*tracing._CODE, tracing}
+    names = set()
+    for module in shaping:
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    imported = {sys.modules[name] for name in names if name.startswith("glmlab.") and name in sys.modules}
+    others = {module.__name__ for module in imported - shaping if not hasattr(module, "__path__")}
+    assert others == {
+        *("glmlab.errors", "glmlab.units", "glmlab.resources"),  # texts, and where data lies
+        *("glmlab.memory.workload", "glmlab.models.checkpoints"),  # settings and config: digested by content
+        "glmlab.generation.prompts",  # token ids, of which only the number counts
+    }
 
 
 def test_a_damaged_cache_file_is_traced_again_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
