@@ -117,8 +117,8 @@ def _check_characters(where: str, text: str) -> None:
     except UnicodeEncodeError as error:
         raise PromptError(
             f"{where}: character {error.start} is half of a character (the lone surrogate "
-            f"U+{ord(text[error.start]):04X}), which no tokenizer can spell. "
-            "Take it out, or decode the text again where it was cut."
+            f"U+{ord(text[error.start]):04X}), which no tokenizer can spell. Take it out, or decode the text again "
+            "where it was cut."
         ) from error
 
 

@@ -218,8 +218,7 @@ class AllocationTrace:
             if prompt < least:
                 raise TraceError(
                     f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens "
-                    "there. "
-                    "A chat message is never shorter; give more prompt tokens."
+                    "there. A chat message is never shorter; give more prompt tokens."
                 )
 
 

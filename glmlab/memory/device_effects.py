@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glmlab.memory.recorder import META, OperationRule, Recorder
+from glmlab.memory.allocation_recorder import META, AllocationRecorder, OperationRule
 from glmlab.units import MIB
 
 aten = torch.ops.aten
@@ -35,9 +35,8 @@ EFFECTS: dict[str, Effect] = {
         "blas_workspace_size",
     ),
     "fused-attention": Effect(
-        "scaled_dot_product_attention is one kernel: it writes its output (and, as flash attention, the logsumexp) "
-        "and no "
-        "matrix of scores; fp32, Volta and Turing with grouped heads fall back to the unfused form",
+        "scaled_dot_product_attention is one kernel: it writes its output (and, as flash attention, the logsumexp) and "
+        "no matrix of scores; fp32, Volta and Turing with grouped heads fall back to the unfused form",
         "batch x heads x tokens x head_dim elements; logsumexp 4 B x batch x heads x tokens",
         "aten/src/ATen/native/transformers/cuda/sdp_utils.cpp (choice), attention.cu (outputs)",
     ),
@@ -54,15 +53,13 @@ EFFECTS: dict[str, Effect] = {
     ),
     "bnb-int8": Effect(
         "bitsandbytes looks for outliers in a copy of the absolute values, and forms int32 products before it scales "
-        "them; "
-        "no activation is taken for an outlier",
+        "them; no activation is taken for an outlier",
         "one activation in fp16 and one mask; 4 B a product",
         "bitsandbytes/backends/cuda/ops.py, int8_vectorwise_quant, int8_linear_matmul, int8_mm_dequant",
     ),
     "bnb-4bit-dequantise": Effect(
-        "a product of more than 256 rows dequantises the 4-bit weight first (below, a fused kernel reads it; the "
-        "exact limit "
-        "depends on the GPU, 8 to 512 rows)",
+        "a product of more than 256 rows dequantises the 4-bit weight first (below, a fused kernel reads it; the exact "
+        "limit depends on the GPU, 8 to 512 rows)",
         "the weight in the dtype of the computation",
         "bitsandbytes/backends/cuda/ops.py, gemm_4bit and _dequant_linear_fallback",
     ),
@@ -139,20 +136,20 @@ class DeviceRules:
             rules[F.softmax] = self._softmax
         return rules
 
-    def _matmul(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _matmul(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.workspace is None and not recorder.paused and args[0].device.type == "meta":
             is_large = self.architecture in ("hopper", "blackwell")
             n_bytes = CUBLAS_WORKSPACE_BYTES_HOPPER if is_large else CUBLAS_WORKSPACE_BYTES
             self.workspace = recorder.allocate(n_bytes, "cuBLAS workspace")
         return NotImplemented
 
-    def _softmax(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _softmax(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         source = args[0]
         if source.device.type == "meta" and source.dtype == torch.float16 and kwargs.get("dtype") == torch.float32:
             return torch.empty(source.shape, dtype=torch.float32, device=META)
         return NotImplemented
 
-    def _attention(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _attention(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Output (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim)."""
         query, key = args[:2]
         if query.device.type != "meta":
@@ -178,7 +175,9 @@ class DeviceRules:
             return "flash"
         return "math" if grouped and query.shape[1] != key.shape[1] else "efficient"
 
-    def _int8_quantise(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _int8_quantise(
+        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         source = args[0]
         threshold = kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
         scales = torch.empty(prod(source.shape[:-1]), dtype=torch.float32, device=META)
@@ -192,7 +191,9 @@ class DeviceRules:
             recorder.temporary("int8_vectorwise_quant outliers", n * source.element_size(), n)
         return rows, scales, torch.empty(0, dtype=torch.int64, device=META)
 
-    def _int8_product(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _int8_product(
+        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         source, rows, weight = args[:3]
         shape = (*rows.shape[:-1], weight.shape[0])
         products = torch.empty(shape, dtype=torch.int32, device=META)
@@ -206,7 +207,9 @@ class DeviceRules:
         recorder.see(output, "int8_mm_dequant")
         return output, torch.empty(0, dtype=source.dtype, device=META)
 
-    def _product_4bit(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _product_4bit(
+        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         source, _, (out_features, in_features) = args[:3]
         rows = source.numel() // in_features
         is_prefill = rows > self.batch

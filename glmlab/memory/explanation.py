@@ -72,10 +72,8 @@ class Plateau:
     def __str__(self) -> str:
         text = (
             f"steps {self.first_step:,} to {self.last_step:,} ({self.first_context:,} to {self.last_context:,} "
-            "tokens): level. "
-            f"At its beginning {self.idle_small_mib:.2f} MiB lie idle in the small pool and "
-            f"{self.idle_large_mib:.2f} MiB in "
-            "the large one"
+            f"tokens): level. At its beginning {self.idle_small_mib:.2f} MiB lie idle in the small pool and "
+            f"{self.idle_large_mib:.2f} MiB in the large one"
         )
         if self.largest_idle_mib:
             text += " (largest blocks: " + ", ".join(f"{size:.2f}" for size in self.largest_idle_mib) + " MiB)"
@@ -86,8 +84,7 @@ class Plateau:
             pool = "small" if request.requested_bytes <= SMALL_POOL_BYTES else "large"
             text += (
                 f"; {growing.count} x {request.operation} in {request.module or 'the loop'} grow by "
-                f"{growing.bytes_per_token:,} "
-                f"B a token and are served by idle blocks of the {pool} pool"
+                f"{growing.bytes_per_token:,} B a token and are served by idle blocks of the {pool} pool"
             )
             crossing = growing.leaves_small_pool_at
             if crossing is not None and crossing <= self.last_context:

@@ -137,8 +137,7 @@ def run_workload(workload: Workload, *, address_seed: int | None = None) -> Run:
     if limit and workload.context_tokens > limit:
         raise ForecastError(
             f"the turns reach {workload.context_tokens:,} tokens, but {trace.facts.model} is made for {limit:,} (its "
-            "config's "
-            "max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
+            "config's max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
         )
     context_mib, context_source = cuda_context(workload)
     capacity_bytes = find_card(workload.card).memory_mib * MIB if workload.card else None

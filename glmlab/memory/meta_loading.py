@@ -19,10 +19,17 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from glmlab.memory.allocation_recorder import META, AllocationRecorder
 from glmlab.memory.allocation_trace import WARM_UP, TraceError
-from glmlab.memory.recorder import META, Recorder
 from glmlab.models.loading import quantization_config_of
-from glmlab.models.sizes import BLOCK_4BIT, FLOAT_PRECISIONS, component_of, quantized_linears
+from glmlab.models.sizes import (
+    BLOCK_4BIT,
+    FLOAT_PRECISIONS,
+    component_of,
+    own_tensors,
+    quantisation_state_of,
+    quantized_linears,
+)
 
 OWNER_OF_COMPONENT = {
     "attention": "weights_attention",
@@ -50,8 +57,8 @@ def dtype_of(config: Any, precision: str) -> torch.dtype:
     return FLOAT_PRECISIONS.get(precision, half)
 
 
-def load_on_meta(recorder: Recorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
-    """Load ``model`` within :func:`~glmlab.memory.recorder.recording`; return it.
+def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
+    """Load ``model`` within :func:`~glmlab.memory.allocation_recorder.record_allocations`; return it.
 
     Args:
         recorder: its current row is the loading.
@@ -98,13 +105,11 @@ def load_on_meta(recorder: Recorder, model: Any, precision: str, stored_dtype: t
     return model.eval()
 
 
-def owner_of_loaded(recorder: Recorder, model: nn.Module) -> dict[int, str]:
+def owner_of_loaded(recorder: AllocationRecorder, model: nn.Module) -> dict[int, str]:
     """Owner of every allocation that holds a parameter, a buffer or quantisation state of the loaded model."""
     owners: dict[int, str] = {}
     for path, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is None:
-                continue
+        for _, tensor in own_tensors(module):
             for state in quantisation_state_of(module, tensor):
                 owners.setdefault(recorder.number_of(state), "quantisation_state")
             owners[recorder.number_of(tensor)] = OWNER_OF_COMPONENT[component_of(path)]
@@ -176,11 +181,3 @@ def _quantising_on_meta() -> Iterator[None]:
         yield
     finally:
         Params4bit.to, Int8Params.to = to_4bit, to_int8
-
-
-def quantisation_state_of(module: Any, tensor: Any) -> list[Tensor]:
-    """Tensors that bitsandbytes keeps beside a quantised weight."""
-    state = getattr(tensor, "quant_state", None)
-    found = [state.absmax, state.code, state.offset] if state is not None else []
-    found += [getattr(tensor, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]
-    return [item for item in found if isinstance(item, Tensor)]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from glmlab.memory.allocation_recorder import AllocationRecorder
 from glmlab.memory.allocation_trace import OWNERS, STEADY, WARM_UP, AllocationTrace, TraceError, TraceFacts
 from glmlab.memory.events import (
     ALLOCATE,
@@ -24,7 +25,6 @@ from glmlab.memory.events import (
     EventProgram,
     Int64Array,
 )
-from glmlab.memory.recorder import Recorder
 
 _LAYER = re.compile(r"(\blayers\.)(\d+)\b")
 _BASES = ((0,), (0, 1), (0, 2), (0, 1, 2), (0, 2, 3), (0, 2, 4), (0, 1, 2, 4), (0, 1, 2, 3, 4))
@@ -61,7 +61,7 @@ class _Row(NamedTuple):
     sizes: tuple[int, ...]
 
 
-def check_loaded(recorder: Recorder, owners: Mapping[int, str]) -> None:
+def check_loaded(recorder: AllocationRecorder, owners: Mapping[int, str]) -> None:
     """Whatever is alive after loading must be a known tensor of the model; :class:`TraceError` otherwise."""
     for number in recorder.live():
         if number not in owners:
@@ -74,7 +74,7 @@ def check_loaded(recorder: Recorder, owners: Mapping[int, str]) -> None:
 
 
 def build_trace(
-    recorder: Recorder, steps: Sequence[Step], loaded: Mapping[int, str], facts: TraceFacts
+    recorder: AllocationRecorder, steps: Sequence[Step], loaded: Mapping[int, str], facts: TraceFacts
 ) -> AllocationTrace:
     """Build the trace of a recording.
 
@@ -94,7 +94,7 @@ def build_trace(
     return _assemble(sections, coefficients, facts)
 
 
-def _check_live(recorder: Recorder, steps: Sequence[Step], loaded: Mapping[int, str]) -> None:
+def _check_live(recorder: AllocationRecorder, steps: Sequence[Step], loaded: Mapping[int, str]) -> None:
     """At the end of a step only the model, the cache, the workspace and the loop's own tensors may be alive."""
     loaded_bytes = sum(recorder.allocations[number].n_bytes for number in loaded)
     for step in steps:
@@ -122,7 +122,7 @@ def _check_live(recorder: Recorder, steps: Sequence[Step], loaded: Mapping[int, 
             )
 
 
-def _owners(recorder: Recorder, steps: Sequence[Step], loaded: Mapping[int, str]) -> dict[int, str]:
+def _owners(recorder: AllocationRecorder, steps: Sequence[Step], loaded: Mapping[int, str]) -> dict[int, str]:
     owners = dict(loaded)
     freed_in_load = {~event for event in recorder.rows[0].events if event < 0}
     for number, allocation in enumerate(recorder.allocations):
@@ -138,7 +138,7 @@ def _owners(recorder: Recorder, steps: Sequence[Step], loaded: Mapping[int, str]
     return owners
 
 
-def _canonical(recorder: Recorder, number: int, steps: Mapping[int, Step], owners: Mapping[int, str]) -> _Row:
+def _canonical(recorder: AllocationRecorder, number: int, steps: Mapping[int, Step], owners: Mapping[int, str]) -> _Row:
     row = recorder.rows[number]
     step = steps.get(number)
     first = next((i for i, other in enumerate(recorder.rows) if other.turn == row.turn), number)
@@ -165,8 +165,7 @@ def _canonical(recorder: Recorder, number: int, steps: Mapping[int, Step], owner
         else:
             raise TraceError(
                 f"{target.operation} in {target.module or 'the loop'} lives for {age} steps, longer than a trace can "
-                "tell. "
-                "Please report this."
+                "tell. Please report this."
             )
         events.append(_Event(mode, age, arg, ("", ""), -1))
     carried = tuple(_slots(recorder, number, step.carried)) if step else ()
@@ -174,7 +173,7 @@ def _canonical(recorder: Recorder, number: int, steps: Mapping[int, Step], owner
     return _Row(tuple(events), slots, row.context, row.turn_tokens, tuple(sizes))
 
 
-def _slots(recorder: Recorder, row: int, numbers: Iterable[int]) -> dict[int, int]:
+def _slots(recorder: AllocationRecorder, row: int, numbers: Iterable[int]) -> dict[int, int]:
     """Allocations of ``row`` among ``numbers``, with their position in what the row carries over."""
     own = [number for number in dict.fromkeys(numbers) if number >= 0 and recorder.allocations[number].row == row]
     return {number: position for position, number in enumerate(own)}
@@ -241,9 +240,8 @@ def _fit(name: str, rows: Sequence[_Row], labels: Sequence[tuple[str, str]]) -> 
     points = ", ".join(f"{size} B at {row.context}" for size, row in zip(sizes[:, slot].tolist(), rows, strict=True))
     operation, module = labels[slot]
     raise TraceError(
-        f"{name}: {operation} in {module or 'the loop'} is not affine in the context length ({points} tokens). Such "
-        "a model "
-        "cannot be forecast. Please report this."
+        f"{name}: {operation} in {module or 'the loop'} is not affine in the context length ({points} tokens). Such a "
+        "model cannot be forecast. Please report this."
     )
 
 

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from glmlab.errors import GlmlabError
 from glmlab.generation import chat, decoding
-from glmlab.memory import allocation_trace, device_effects, events, meta_loading, recorder, trace_building
+from glmlab.memory import allocation_recorder, allocation_trace, device_effects, events, meta_loading, trace_building
+from glmlab.memory.allocation_recorder import AllocationRecorder, OperationRule, module_paths, record_allocations
 from glmlab.memory.allocation_trace import (
     STEADY,
     STEP_NAMES,
@@ -44,7 +45,6 @@ from glmlab.memory.allocation_trace import (
 )
 from glmlab.memory.device_effects import EFFECTS, FUSED_4BIT_ROWS, DeviceRules
 from glmlab.memory.meta_loading import dtype_of, load_on_meta, owner_of_loaded
-from glmlab.memory.recorder import OperationRule, Recorder, module_paths, recording
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.workload import Workload, WorkloadError
 from glmlab.models import chatglm3, loading, sizes
@@ -63,8 +63,8 @@ MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
 """Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
 
 _CODE = (
-    allocation_trace, chat, chatglm3, decoding, device_effects, events, loading, meta_loading, recorder, sizes,
-    trace_building,
+    allocation_recorder, allocation_trace, chat, chatglm3, decoding, device_effects, events, loading, meta_loading,
+    sizes, trace_building,
 )  # fmt: skip
 """Modules whose text decides what a trace holds: an edit makes cached traces anew."""
 
@@ -129,8 +129,7 @@ def _settings(workload: Workload) -> dict[str, Any]:
         if static_tokens < LONGEST:
             raise WorkloadError(
                 f"a static cache of {static_tokens} tokens is shorter than the {LONGEST} tokens that tracing needs. "
-                "Use "
-                f"static_tokens={LONGEST} or more."
+                f"Use static_tokens={LONGEST} or more."
             )
     unknown = set(workload.without_effects) - set(EFFECTS)
     if unknown:
@@ -180,8 +179,7 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
     except Exception as error:
         raise TraceError(
             f"{workload.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
-            "sizes "
-            "(hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
+            "sizes (hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
         ) from error
     run = _Run(workload, settings, model, config, stored_dtype)
     try:
@@ -196,8 +194,7 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
         )  # fmt: skip
         raise TraceError(
             f"{workload.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
-            "in its "
-            "config.json."
+            "in its config.json."
         ) from error
 
 
@@ -234,7 +231,7 @@ class _Scalars:
             aten.add_.Tensor: self._add,
         }
 
-    def _read(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _read(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = args[0]
         if tensor.device.type != "meta":
             return NotImplemented
@@ -246,7 +243,7 @@ class _Scalars:
             return self.goes_on if ".any" in operation else True
         return 0.0 if tensor.is_floating_point() else 0
 
-    def _copy(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _copy(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A copy to the host has no data to copy; a copy of a counted length to the device goes on counting."""
         tensor, device = args[0], kwargs.get("device")
         if device is None:
@@ -260,7 +257,7 @@ class _Scalars:
             return copied
         return NotImplemented
 
-    def _add(self, recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _add(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor, other = args[:2]
         number = recorder.number_of(tensor) if tensor.device.type == "meta" else -1
         if number in self.counted:
@@ -276,7 +273,7 @@ class _Run:
     ) -> None:
         self.workload, self.settings, self.model, self.config = workload, settings, model, config
         self.stored_dtype = stored_dtype
-        self.recorder = Recorder()
+        self.recorder = AllocationRecorder()
         self.scalars = _Scalars()
         self.device = DeviceRules(
             settings["architecture"],
@@ -292,7 +289,7 @@ class _Run:
         workload, recorder = self.workload, self.recorder
         operations = {**self.device.operations(), **self.scalars.rules()}
         recorder.begin("load")
-        with recording(recorder, operations=operations, functions=self.device.functions()):
+        with record_allocations(recorder, operations=operations, functions=self.device.functions()):
             self.model = load_on_meta(recorder, self.model, workload.precision, self.stored_dtype)
             self.owners = owner_of_loaded(recorder, self.model)
             trace_building.check_loaded(recorder, self.owners)
@@ -366,8 +363,7 @@ class _Run:
         if step.context_length != self.recorder.rows[-1].context:
             raise TraceError(
                 f"{self.workload.name}: the cache counts {step.context_length} tokens where "
-                f"{self.recorder.rows[-1].context} were "
-                "fed; such a cache cannot be forecast. Please report this."
+                f"{self.recorder.rows[-1].context} were fed; such a cache cannot be forecast. Please report this."
             )
         tensors = _tensors_of(cache)
         kv = tuple(number_of(tensor) for tensor in tensors)
@@ -377,9 +373,8 @@ class _Run:
         expected = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 4)
         if payload != expected or payload % length:
             raise TraceError(
-                f"{self.workload.name}: the cache holds {payload} B of keys and values for {context} tokens, which "
-                "is no whole "
-                "number of bytes a token; such a cache cannot be forecast. Please report this."
+                f"{self.workload.name}: the cache holds {payload} B of keys and values for {context} tokens, which is "
+                "no whole number of bytes a token; such a cache cannot be forecast. Please report this."
             )
         self.kv_bytes_per_token = payload // length
         of_step = [value for value in (step.logits, step.chosen_probability) if isinstance(value, Tensor)]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from glmlab.errors import GlmlabError
 from glmlab.memory import tracing
+from glmlab.memory.allocation_recorder import META, AllocationRecorder, module_paths, record_allocations
 from glmlab.memory.allocation_trace import OWNERS, AllocationTrace, TraceError, TraceFacts, Turn, allocations
 from glmlab.memory.device_effects import (
     CUBLAS_WORKSPACE_BYTES,
@@ -27,7 +28,6 @@ from glmlab.memory.device_effects import (
 from glmlab.memory.events import ALLOCATE, FREE
 from glmlab.memory.explanation import explain
 from glmlab.memory.forecast import COMPONENTS, forecast, largest_context
-from glmlab.memory.recorder import META, Recorder, module_paths, recording
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.tracing import LONGEST, trace
 from glmlab.memory.workload import Workload, WorkloadError, find_card
@@ -231,9 +231,9 @@ def test_full_size_fp16_fits_a_card_or_not() -> None:
 
 def test_recorder_sees_allocations_frees_and_who_asked() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU()).to("meta")
-    recorder = Recorder()
+    recorder = AllocationRecorder()
     recorder.begin("step")
-    with recording(recorder), module_paths(recorder, model):
+    with record_allocations(recorder), module_paths(recorder, model):
         with recorder.pause():
             for parameter in model.parameters():
                 recorder.see(parameter, "weights")
@@ -247,9 +247,9 @@ def test_recorder_sees_allocations_frees_and_who_asked() -> None:
 
 
 def test_recorder_knows_views_and_repeats_operations_exactly() -> None:
-    recorder = Recorder()
+    recorder = AllocationRecorder()
     recorder.begin("step")
-    with recording(recorder):
+    with record_allocations(recorder):
         source = torch.empty(4, 8, device="cuda")
         for _ in range(3):
             grown = torch.cat([source, source])
@@ -262,9 +262,9 @@ def test_recorder_knows_views_and_repeats_operations_exactly() -> None:
 
 
 def test_paused_storages_are_not_recorded() -> None:
-    recorder = Recorder()
+    recorder = AllocationRecorder()
     recorder.begin("load")
-    with recording(recorder):
+    with record_allocations(recorder):
         with recorder.pause():
             hidden = torch.empty(100, device="cuda")
         shown = torch.empty(100, device="cuda")
@@ -274,10 +274,10 @@ def test_paused_storages_are_not_recorded() -> None:
 
 @pytest.mark.parametrize(("dtype", "copies"), [(torch.float16, 0), (torch.bfloat16, 1)])
 def test_softmax_in_fp32_reads_fp16_without_a_copy(dtype: torch.dtype, copies: int) -> None:
-    recorder = Recorder()
+    recorder = AllocationRecorder()
     recorder.begin("step")
     rules = DeviceRules("ada")
-    with recording(recorder, operations=rules.operations(), functions=rules.functions()):
+    with record_allocations(recorder, operations=rules.operations(), functions=rules.functions()):
         scores = torch.empty(4, 100, dtype=dtype, device=META)
         F.softmax(scores, dim=-1, dtype=torch.float32)
     assert sum(a.n_bytes == 1600 for a in recorder.allocations) == 1 + copies
@@ -294,9 +294,9 @@ def test_every_effect_has_a_source_and_a_size() -> None:
 # ----------------------------------------------------------------------------- building, and its refusals
 
 
-def recorded(sizes: list[list[int]], *, module: str = "", keep: bool = False) -> tuple[Recorder, list[Step]]:
+def recorded(sizes: list[list[int]], *, module: str = "", keep: bool = False) -> tuple[AllocationRecorder, list[Step]]:
     """A made-up recording: loading, then conversations of one turn, with one request a step of the given sizes."""
-    recorder, steps = Recorder(), []
+    recorder, steps = AllocationRecorder(), []
     recorder.begin("load")
     recorder.allocate(1000, "weights")
     for turn, of_turn in enumerate(sizes, start=1):
@@ -459,7 +459,7 @@ def test_traces_of_two_runs_are_equal() -> None:
 )
 def test_repeating_known_operations_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     remembered = trace(shallow("chatglm3-6b", **fields), refresh=True)
-    monkeypatch.setattr("glmlab.memory.recorder._gives_fresh_tensor", lambda _: False)
+    monkeypatch.setattr("glmlab.memory.allocation_recorder._gives_fresh_tensor", lambda _: False)
     computed = trace(shallow("chatglm3-6b", **fields), refresh=True)
     assert np.array_equal(remembered.program.events, computed.program.events)
     assert np.array_equal(remembered.program.sizes, computed.program.sizes)

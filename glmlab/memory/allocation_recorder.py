@@ -44,7 +44,7 @@ class Row:
     slots: int = 0
 
 
-class Recorder:
+class AllocationRecorder:
     """The record: rows of events, and every allocation by number."""
 
     def __init__(self) -> None:
@@ -114,14 +114,14 @@ class Recorder:
             self.paused -= 1
 
 
-OperationRule = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
+OperationRule = Callable[[AllocationRecorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """``rule(recorder, func, args, kwargs) -> result``; NotImplemented leaves the operation to PyTorch."""
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every new storage on the device is an allocation."""
 
-    def __init__(self, recorder: Recorder, rules: dict[Any, OperationRule]) -> None:
+    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder, self.rules = recorder, rules
         self.names: dict[Any, str] = {}
@@ -197,7 +197,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 class _CudaOnMeta(TorchFunctionMode):
     """Sends "cuda" to "meta", and functions to the rules that know them."""
 
-    def __init__(self, recorder: Recorder, rules: dict[Any, OperationRule]) -> None:
+    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
         super().__init__()
         self.recorder, self.rules = recorder, rules
 
@@ -216,19 +216,19 @@ class _CudaOnMeta(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def recording(
-    recorder: Recorder,
+def record_allocations(
+    recorder: AllocationRecorder,
     *,
     operations: dict[Any, OperationRule] | None = None,
     functions: dict[Any, OperationRule] | None = None,
-) -> Iterator[Recorder]:
+) -> Iterator[AllocationRecorder]:
     """Record everything within; ``operations`` and ``functions`` are rules by ATen operation and by torch function."""
     with torch.no_grad(), _CudaOnMeta(recorder, functions or {}), _Storages(recorder, operations or {}):
         yield recorder
 
 
 @contextlib.contextmanager
-def module_paths(recorder: Recorder, model: nn.Module) -> Iterator[None]:
+def module_paths(recorder: AllocationRecorder, model: nn.Module) -> Iterator[None]:
     """While within, the recorder knows which module of ``model`` is running."""
     stack: list[str] = [recorder.module]
     handles = []
