@@ -40,10 +40,14 @@ import numpy as np
 import numpy.typing as npt
 
 from glmlab.errors import GlmlabError
+from glmlab.units import GIB
 
 ALLOCATE, FREE, FREE_FIRST, FREE_CARRIED, EMPTY_CACHE = range(5)
 MAX_AGE = 3
 """How many rows back an event may point; a replay keeps that many rows of live blocks."""
+
+MAX_REQUEST_BYTES = 256 * GIB
+"""The largest size that a program may ask for."""
 
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
@@ -56,6 +60,9 @@ class EventProgramError(GlmlabError):
 @dataclass(frozen=True)
 class EventProgram:
     """Events, sizes and sections of a run; the format is told at the top of this module.
+
+    Raises:
+        EventProgramError: sections, events, sizes or carried slots do not fit together.
 
     Example:
         >>> program = EventProgram(
@@ -106,6 +113,39 @@ class EventProgram:
         L, n = context, turn_tokens  # noqa: N806 - the names of the format
         sizes: Int64Array = self.sizes @ np.array([1, L, n, n * n, n * L], np.int64)
         return sizes
+
+    def checked_schedule(self, schedule: npt.ArrayLike) -> Int64Array:
+        """Return a schedule as an array (rows, 4).
+
+        Raises:
+            EventProgramError: another shape, a row of no section, or a size that no tensor has (see
+                :data:`MAX_REQUEST_BYTES`).
+        """
+        rows = np.ascontiguousarray(schedule, np.int64)
+        rows = rows.reshape(0, 4) if rows.size == 0 else rows
+        is_table = rows.ndim == 2 and rows.shape[1] == 4
+        if not is_table or np.any((rows < 0)[:, 1:]) or np.any(rows[:, 1] >= len(self.section_names)):
+            raise EventProgramError(
+                "every row of a schedule is (turn, section, L, n) with no negative L or n and a section from 0 to "
+                f"{len(self.section_names) - 1}"
+            )
+        for section in np.unique(rows[:, 1]):
+            self._check_sizes(self.section_names[section], rows[rows[:, 1] == section, 2:])
+        return rows
+
+    def _check_sizes(self, section: str, lengths: Int64Array) -> None:
+        """Refuse sizes below 0 or over the largest request; in floats, because integers would wrap around."""
+        context, tokens = lengths.astype(np.float64).T
+        terms = np.stack([np.ones_like(context), context, tokens, tokens * tokens, tokens * context])
+        events = self.events_of(section)
+        used = np.unique(events[events[:, 0] == ALLOCATE][:, 2])
+        n_bytes = self.sizes[used].astype(np.float64) @ terms  # (sizes used, rows)
+        if n_bytes.size and (n_bytes.min() < 0 or n_bytes.max() > MAX_REQUEST_BYTES):
+            i, j = np.unravel_index(np.argmin(n_bytes) if n_bytes.min() < 0 else np.argmax(n_bytes), n_bytes.shape)
+            raise EventProgramError(
+                f"size {used[i]} of section {section!r} is {n_bytes[i, j]:.0f} B at context length {context[j]:.0f}: "
+                "no tensor has that size"
+            )
 
     def _check(self) -> None:
         start, n_events = self.section_start, len(self.events)

@@ -359,8 +359,6 @@ def _grow(memory: tuple[int, ...], growth: int, state: int, size: int) -> bool:
         _set64(counters, RESERVED_SMALL, _get64(counters, RESERVED_SMALL) + size)
     grown = _get64(counters, GROWTHS)
     _set64(counters, GROWTHS, grown + 1)
-    if grown >= _get64(counters, GROWTH_CAPACITY):
-        return True  # the caller sees by the count that entries are missing
     _set64(growth, grown * 32, _get64(counters, ROW))
     _set64(growth, grown * 32 + 8, _get64(counters, EVENT))
     _set64(growth, grown * 32 + 16, size)
@@ -638,6 +636,81 @@ def _round_units(n_bytes: int, divisions: Any) -> int:
     return (n_bytes + 511) >> 9
 
 
+@_compiled
+def _has_room(counters: int, slots: int) -> bool:
+    """Whether records and growths suffice for whatever a row of ``slots`` allocations may do.
+
+    An allocation makes at most three records (address space, what stays unmapped, what stays idle) and, without
+    expandable segments, one growth. With them empty_cache() cuts an idle block in up to three, and mapping the pages
+    again is one growth a hole: both can happen to every block there is.
+    """
+    used = _get64(counters, RECORDS_USED)
+    needed = 4 * slots + 64
+    if _get64(counters, EXPANDABLE):
+        needed += 2 * (used + needed)
+    return used + needed <= _get64(counters, RECORD_CAPACITY) and _get64(counters, GROWTHS) + needed <= _get64(
+        counters, GROWTH_CAPACITY
+    )
+
+
+@_compiled
+def _begin_turn(counters: int, turn: int, carried: Any, next_carried: Any, first: Any) -> None:
+    """Take over what the last turn carries, and forget its first row."""
+    _set64(counters, TURN, turn)
+    for i in range(len(carried)):
+        carried[i], next_carried[i] = next_carried[i], NONE
+    for i in range(len(first)):
+        first[i] = NONE
+
+
+@_compiled
+def _compute_sizes(units: int, uses: Any, sizes: Any, divisions: Any, context: int, tokens: int) -> None:
+    """Write the rounded sizes of one row, in units, for the rows of ``sizes`` that its section uses."""
+    for k in uses:
+        n_bytes = (
+            sizes[k, 0]
+            + sizes[k, 1] * context
+            + sizes[k, 2] * tokens
+            + sizes[k, 3] * tokens * tokens
+            + sizes[k, 4] * tokens * context
+        )
+        _set64(units, k * 8, _round_units(n_bytes, divisions))
+
+
+@_compiled
+def _is_last_that_carries(schedule: Any, row: int, carried_start: Any) -> bool:
+    """Whether the next row belongs to another turn, or to a section that carries nothing."""
+    if row + 1 == len(schedule) or schedule[row + 1, 0] != schedule[row, 0]:
+        return True
+    after = schedule[row + 1, 1]
+    return bool(carried_start[after + 1] == carried_start[after])
+
+
+@_compiled
+def _carry_over(next_carried: Any, slots: Any, lane: int) -> None:
+    """Remember the blocks in these slots of a row for the next turn."""
+    for i in range(len(next_carried)):
+        next_carried[i] = NONE
+    for i in range(len(slots)):
+        next_carried[i] = _get32(lane, slots[i] * 4)
+
+
+@_compiled
+def _report(counters: int, digest: Any, owners: Any, out: Any, out_owners: Any) -> None:
+    """Write the results of a row, in units; the columns are those that ``_replay`` of glmlab.memory.replay reads."""
+    small = _get64(counters, ALLOCATED_SMALL)
+    out[0] = _get64(counters, RESERVED)
+    out[1] = _get64(counters, ALLOCATED)
+    out[2] = _get64(counters, PEAK)
+    out[3] = _get64(counters, PEAK_SMALL)
+    out[4] = _get64(counters, RESERVED_SMALL) - small
+    out[5] = _get64(counters, RESERVED) - _get64(counters, ALLOCATED) - out[4]
+    out[6] = _get64(counters, RESERVED_SMALL)
+    out[7] = digest
+    for i in range(len(owners)):
+        out_owners[i] = owners[i]
+
+
 @_entry
 def replay_rows(
     memory: tuple[int, ...],
@@ -666,7 +739,17 @@ def replay_rows(
 ) -> tuple[int, int]:
     """Replay rows of a schedule from ``begin_row`` on; returns the row where it stopped and why (DONE ...).
 
-    ``codes``: an int32 an event, see glmlab.memory.replay; ``ring``: slots of the last four rows; ``out``: (rows, 8).
+    Pointers
+        ``memory``, see above; ``growth``: int64 (row, event, units, pool) a growth; ``codes``: an int32 an event, as
+        ``StepReplayer`` encodes it; ``ring``: int32 blocks of the last LANES rows by slot; ``units``: int64 rounded
+        size of every row of ``sizes``.
+
+    Arrays (int64)
+        The program: ``section_start``, ``section_slots`` (allocations a section), ``sizes`` (sizes, 5), and as ragged
+        lists by section ``uses`` (rows of ``sizes``) and ``carried_slots``; ``divisions`` (16,). The state between
+        rows: blocks of ``first`` (the turn's first row), ``carried`` and ``next_carried``, ``lane_slots`` (slots filled
+        in each lane of the ring), ``owners`` (units allocated by each). The results: ``out`` (rows, 8), ``out_owners``
+        (rows, owners).
     """
     records, counters = memory[0], memory[4]
     lane_size = len(first)
@@ -674,27 +757,13 @@ def replay_rows(
     for row in range(begin_row, rows):
         turn, section, context, tokens = schedule[row, 0], schedule[row, 1], schedule[row, 2], schedule[row, 3]
         slots = section_slots[section]
-        if _get64(counters, RECORDS_USED) + 4 * slots + 64 > _get64(counters, RECORD_CAPACITY) or _get64(
-            counters, GROWTHS
-        ) + 4 * slots + 64 > _get64(counters, GROWTH_CAPACITY):
+        if not _has_room(counters, slots):
             return row, NEEDS_ROOM
         is_first = turn != _get64(counters, TURN)
         if is_first:
-            _set64(counters, TURN, turn)
-            for i in range(len(carried)):
-                carried[i], next_carried[i] = next_carried[i], NONE
-            for i in range(len(first)):
-                first[i] = NONE
-        for i in range(uses_start[section], uses_start[section + 1]):
-            k = uses[i]
-            n_bytes = (
-                sizes[k, 0]
-                + sizes[k, 1] * context
-                + sizes[k, 2] * tokens
-                + sizes[k, 3] * tokens * tokens
-                + sizes[k, 4] * tokens * context
-            )
-            _set64(units, k * 8, _round_units(n_bytes, divisions))
+            _begin_turn(counters, turn, carried, next_carried, first)
+        own_uses = uses[uses_start[section] : uses_start[section + 1]]
+        _compute_sizes(units, own_uses, sizes, divisions, context, tokens)
         _set64(counters, ROW, row)
         _set64(counters, PEAK, _get64(counters, ALLOCATED))
         _set64(counters, PEAK_SMALL, _get64(counters, ALLOCATED_SMALL))
@@ -746,26 +815,8 @@ def replay_rows(
         for i in range(slot, lane_slots[lane_index]):
             _set32(ring, (lane + i) * 4, NONE)
         lane_slots[lane_index] = slot
-        count = carried_start[section + 1] - carried_start[section]
-        if count:
-            is_last = row + 1 == rows or schedule[row + 1, 0] != turn
-            if not is_last:
-                after = schedule[row + 1, 1]
-                is_last = carried_start[after + 1] == carried_start[after]
-            if is_last:
-                for i in range(len(next_carried)):
-                    next_carried[i] = NONE
-                for i in range(count):
-                    next_carried[i] = _get32(ring, (lane + carried_slots[carried_start[section] + i]) * 4)
-        small = _get64(counters, ALLOCATED_SMALL)
-        out[row, 0] = _get64(counters, RESERVED)
-        out[row, 1] = _get64(counters, ALLOCATED)
-        out[row, 2] = _get64(counters, PEAK)
-        out[row, 3] = _get64(counters, PEAK_SMALL)
-        out[row, 4] = _get64(counters, RESERVED_SMALL) - small
-        out[row, 5] = _get64(counters, RESERVED) - _get64(counters, ALLOCATED) - out[row, 4]
-        out[row, 6] = _get64(counters, RESERVED_SMALL)
-        out[row, 7] = np.int64(digest)
-        for i in range(len(owners)):
-            out_owners[row, i] = owners[i]
+        own_carried = carried_slots[carried_start[section] : carried_start[section + 1]]
+        if len(own_carried) and _is_last_that_carries(schedule, row, carried_start):
+            _carry_over(next_carried, own_carried, ring + lane * 4)
+        _report(counters, np.int64(digest), owners, out[row], out_owners[row])
     return rows, DONE

@@ -27,9 +27,11 @@ from glmlab.memory.events import (
     Replay,
 )
 from glmlab.memory.settings import BLOCK_BYTES, FIRST_ADDRESS, AllocatorSettings, OutOfMemory
-from glmlab.units import GIB, MIB
+from glmlab.units import GIB, MIB, format_bytes
 
-MAX_REQUEST_BYTES = 256 * GIB  # keeps sizes and addresses of the compiled form within 32 bits of 512 B
+MAX_ADDRESS_BYTES = 1024 * GIB
+"""With this limit, and that of a request, sizes and addresses of the compiled form fit 32 bits of 512 B."""
+
 _HASH_PRIME, _MASK = 1099511628211, (1 << 64) - 1
 _log = logging.getLogger(__name__)
 
@@ -44,10 +46,23 @@ def replay_steps(
     address_seed: int | None = None,
     with_address_hash: bool = False,
 ) -> Replay:
-    """Replay every row of a schedule, compiled; arguments as those of :class:`CachingAllocator`.
+    """Replay every row of a schedule, compiled.
 
-    Raises :class:`EventProgramError` for a schedule that does not fit the program, and for a free of what is not live.
-    Out of memory is no exception but part of the result.
+    Args:
+        program: events, sizes and sections.
+        schedule: (rows, 4) whole numbers (turn, section, L, n), see :mod:`glmlab.memory.events`.
+        settings: of the allocator; PyTorch's defaults without.
+        capacity_bytes: of the device; None: no limit.
+        outside_bytes: what the CUDA context and other programs hold of it.
+        address_seed: an order in which the driver gives addresses, see :class:`CachingAllocator`; rising without.
+        with_address_hash: fill ``address_hash`` of the result, which takes time.
+
+    Returns:
+        One entry a row; running out of memory is no exception but part of the result.
+
+    Raises:
+        EventProgramError: a schedule that does not fit the program, a free of what is not live, a request over 256 GiB,
+            or more than 1 TiB asked of the driver.
 
     Example:
         >>> program = EventProgram(
@@ -74,8 +89,8 @@ def replay_steps(
 class StepReplayer:
     """The compiled allocator with its program; ``run`` goes on where the last one ended.
 
-    ``segments()`` shows the blocks after the last row, as :meth:`CachingAllocator.segments` does: run a schedule up to
-    the row of interest, look, run on.
+    Arguments as those of :func:`replay_steps`. ``segments()`` shows the blocks after the last row, as
+    :meth:`CachingAllocator.segments` does: run a schedule up to the row of interest, look, run on.
     """
 
     def __init__(
@@ -95,12 +110,10 @@ class StepReplayer:
         self._allocate_state(capacity_bytes, outside_bytes, address_seed)
         self._encode(program)
         self._rows_done = 0
-        self._last_row: Int64Array | None = None
 
     def run(self, schedule: npt.ArrayLike) -> Replay:
         """Replay further rows; see :func:`replay_steps`. Row numbers in ``growth`` count from this call's first row."""
-        rows = np.ascontiguousarray(schedule, np.int64).reshape(-1, 4)
-        _check_schedule(self.program, rows)
+        rows = self.program.checked_schedule(schedule)
         # The lanes of the ring go by row number, so a second run pads its schedule in front with the rows done so far.
         before = self._rows_done
         padded = np.concatenate([np.zeros((before % k.LANES, 4), np.int64), rows])
@@ -143,6 +156,11 @@ class StepReplayer:
             raise EventProgramError(
                 f"row {row - skip} of the schedule: event {event}, {tuple(self.program.events[event].tolist())}, "
                 "frees what is not live"
+            )
+        if max(self._counter(k.TOP), -self._counter(k.LOWEST)) * BLOCK_BYTES > MAX_ADDRESS_BYTES:
+            raise EventProgramError(
+                f"row {row - skip - 1} of the schedule: the driver has been asked for more than "
+                f"{format_bytes(MAX_ADDRESS_BYTES)}, which no GPU has. Give a capacity, or a smaller workload."
             )
         return self._result(out[skip:row], out_owners[skip:row], skip, status == k.OUT_OF_MEMORY)
 
@@ -295,28 +313,6 @@ def _ragged(lists: Sequence[Int64Array]) -> tuple[Int64Array, Int64Array]:
     return np.concatenate([*lists, np.zeros(1, np.int64)]).astype(np.int64), start
 
 
-def _check_schedule(program: EventProgram, rows: Int64Array) -> None:
-    """Raise where a row names no section or a size leaves what the allocator can hold."""
-    sections = rows[:, 1]
-    if np.any((sections < 0) | (sections >= len(program.section_names))) or np.any(rows[:, 2:] < 0):
-        raise EventProgramError(
-            "every row of a schedule is (turn, section, L, n) with no negative L or n and a section from 0 to "
-            f"{len(program.section_names) - 1}"
-        )
-    for section in np.unique(sections):
-        context, tokens = rows[sections == section][:, 2:].astype(np.float64).T
-        terms = np.stack([np.ones_like(context), context, tokens, tokens * tokens, tokens * context])
-        events = program.events_of(program.section_names[section])
-        used = np.unique(events[events[:, 0] == ALLOCATE][:, 2])
-        n_bytes = program.sizes[used].astype(np.float64) @ terms
-        if n_bytes.size and (n_bytes.min() < 0 or n_bytes.max() > MAX_REQUEST_BYTES):
-            i, j = np.unravel_index(np.argmin(n_bytes) if n_bytes.min() < 0 else np.argmax(n_bytes), n_bytes.shape)
-            raise EventProgramError(
-                f"size {used[i]} of section {program.section_names[section]!r} is {n_bytes[i, j]:.0f} B at context "
-                f"length {context[j]:.0f}: no tensor has that size"
-            )
-
-
 def _replay_rows(*arguments: Any) -> tuple[int, int]:
     with announcing_compilation():
         row, status = k.replay_rows(*arguments)
@@ -345,9 +341,17 @@ def announcing_compilation() -> Iterator[None]:
 
 
 def replay_readable(program: EventProgram, schedule: npt.ArrayLike, allocator: CachingAllocator) -> Replay:
-    """Replay a schedule event by event through a readable allocator, which keeps the state at the end."""
-    rows = np.asarray(schedule, np.int64).reshape(-1, 4)
-    _check_schedule(program, rows)
+    """Replay a schedule event by event through a readable allocator, which keeps the state at the end.
+
+    Returns what :func:`replay_steps` returns (the hash always), and raises what it raises.
+
+    Example:
+        >>> program = EventProgram(np.array([(ALLOCATE, 0, 0)]), np.array([(700, 0, 0, 0, 0)]), ("load",), [0, 1])
+        >>> allocator = CachingAllocator()
+        >>> replay_readable(program, [(0, 0, 0, 0)], allocator).allocated.tolist(), len(allocator.segments())
+        ([1024], 1)
+    """
+    rows = program.checked_schedule(schedule)
     run = _ReadableRun(program, allocator)
     for row in rows.tolist():
         try:

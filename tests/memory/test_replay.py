@@ -15,6 +15,7 @@ import pytest
 from glmlab.memory.allocator import CachingAllocator
 from glmlab.memory.events import ALLOCATE, EMPTY_CACHE, FREE, FREE_CARRIED, FREE_FIRST, EventProgram, EventProgramError
 from glmlab.memory.replay import StepReplayer, announcing_compilation, replay_readable, replay_steps
+from glmlab.memory.settings import AllocatorSettings
 from glmlab.units import GIB, MIB
 
 CHAT = [(8, 418), (26, 259), (30, 497), (30, 491), (30, 501), (30, 501), (30, 501), (30, 525)]
@@ -198,6 +199,7 @@ def test_idle_memory_released_after_loading_changes_the_later_curve() -> None:
         ([(1, 0, 1, 1)], r"event 2, \(3, 0, 0\), frees what is not live"),
         ([(1, 3, 1, 1), (1, 2, 1, 1), (1, 2, 1, 1)], "row 2 of the schedule: event 6"),
         ([(1, 3, 10**9, 1)], "no tensor has that size"),
+        ([(1, 0, 1)] * 4, "every row of a schedule is"),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(schedule: list[tuple[int, int, int, int]], says: str) -> None:
@@ -246,6 +248,31 @@ def test_the_kernel_grows_with_what_it_holds() -> None:
     assert found.allocated.tolist() == [n * 3000 * 2 * MIB for n in (1, 2, 3)]
     assert len(found.growth) == 900
     assert sum(block.live for segment in replayer.segments() for block in segment.blocks) == 9000
+
+
+def test_released_pages_of_many_blocks_need_many_records() -> None:
+    """Every block has a size of its own, so none is reused; empty_cache() then cuts every idle one in three."""
+    program = EventProgram(
+        events=np.array(
+            [(ALLOCATE, 0, 0), (ALLOCATE, 0, 0), *[(ALLOCATE, 0, 0)] * 2, (FREE, 1, 1), (EMPTY_CACHE, 0, 0)]
+        ),
+        sizes=np.array([(41 * MIB, 512, 0, 0, 0)]),
+        section_names=("first", "step", "empty_cache"),
+        section_start=np.array([0, 2, 5, 6]),
+    )
+    schedule = [(0, 0, 0, 0), *((0, 1, i, 0) for i in range(1, 900)), (0, 2, 0, 0)]
+    settings = AllocatorSettings(expandable_segments=True)
+    found = replay_steps(program, schedule, settings)
+    expected = replay_readable(program, schedule, CachingAllocator(settings))
+    assert found.reserved.tolist() == expected.reserved.tolist()
+    assert found.free_large[-1] == expected.free_large[-1] < found.free_large[-2]
+
+
+def test_more_addresses_than_any_gpu_has_are_refused() -> None:
+    program = EventProgram([(ALLOCATE, 0, 0)], [(200 * GIB, 0, 0, 0, 0)], ("only",), [0, 1])
+    assert replay_steps(program, [(0, 0, 0, 0)] * 5).reserved[-1] == 1000 * GIB
+    with pytest.raises(EventProgramError, match=r"row 5 .* more than 1024.00 GiB, which no GPU has"):
+        replay_steps(program, [(0, 0, 0, 0)] * 6)
 
 
 def test_a_second_process_does_not_compile_and_says_nothing() -> None:
