@@ -34,6 +34,12 @@ def embedded() -> LoadedModel:
     return load_model("embedded", precision="fp32", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def compiled() -> LoadedModel:
+    """The same model with compiled decode steps; tests must not change it."""
+    return load_model("embedded", precision="fp32", device="cpu", compile=True)
+
+
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A copy of the embedded model's folder, for tests that damage it."""

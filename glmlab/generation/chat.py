@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig, StaticCache
 
 from glmlab.errors import GlmlabError
-from glmlab.generation.decoding import Keep, context_limit, decode_steps
+from glmlab.generation.decoding import Keep, context_limit, crop_cache, decode_steps, new_cache
 from glmlab.generation.prompts import Message, chat_segments, encode_chat, encode_segments
 from glmlab.models.chatglm3 import ChatGLMTokenizer
+from glmlab.models.compiling import make_room
 from glmlab.models.loading import LoadedModel
 
 _NOTHING = Keep(top_k=0)
@@ -90,7 +91,7 @@ class ChatSession:
         """Forget the conversation and free its cache; the system message stays."""
         self._messages: list[Message] = list(self._opening)
         self._ids: list[int] = []  # every id of the conversation, fed or not
-        self._cache = DynamicCache(config=self.loaded.model.config)
+        self._cache = new_cache(self.loaded)
         self.turns: list[Turn] = []
 
     @property
@@ -176,6 +177,8 @@ class ChatSession:
             )
         if self._ids:
             model = self.loaded.model
+            if isinstance(self._cache, StaticCache):
+                make_room(self._cache, len(self._ids) - 1, self.context_limit)
             fed = torch.tensor([self._ids[:-1]], device=model.device)
             with torch.no_grad():
                 model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
@@ -208,7 +211,10 @@ class ChatSession:
         started = time.perf_counter()
         kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
         if kept < self.context_tokens:
-            self._cache.crop(kept - self.context_tokens)
+            if isinstance(self._cache, StaticCache):
+                crop_cache(self._cache, kept)
+            else:
+                self._cache.crop(kept - self.context_tokens)
         config = self.generation_config or self.loaded.model.generation_config
         if min_new_tokens is not None:
             min_new_tokens = min(min_new_tokens, max_new_tokens)  # the context may leave less room than was asked

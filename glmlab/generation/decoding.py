@@ -29,6 +29,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
+    StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -39,6 +40,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 
 from glmlab.errors import GlmlabError
+from glmlab.models.compiling import CompiledForward, make_room, static_cache_tokens
 from glmlab.models.loading import LoadedModel
 
 Prompt = str | Sequence[int] | Sequence[Sequence[int]]
@@ -152,7 +154,8 @@ def decode_steps(
         max_new_tokens: most tokens to generate.
         generation_config: sampling as in transformers; the model's own without it (greedy for the embedded model).
         keep: what every step keeps beside its token.
-        cache: keys and values of the first tokens of the prompt; only the rest is fed. It grows with the steps.
+        cache: keys and values of the first tokens of the prompt; only the rest is fed. It grows with the steps. Of a
+            model loaded with ``compile=True`` it is a StaticCache (:func:`new_cache`).
 
     Yields:
         The prefill's step with the first token, then a decode step for every further token.
@@ -174,6 +177,13 @@ def decode_steps(
     config = _checked_config(loaded.model, generation_config, max_new_tokens)
     input_ids, attention_mask = _encode(loaded, prompt)
     _check_prompt(loaded.model, input_ids, cache)
+    if loaded.compiled and not isinstance(cache, StaticCache):
+        if cache is not None:
+            raise DecodeError(
+                f"a model loaded with compile=True needs a StaticCache, and this is a {type(cache).__name__}. Make it "
+                "with glmlab.generation.decoding.new_cache(loaded)."
+            )
+        cache = new_cache(loaded)
     if keep.attentions and loaded.model.config._attn_implementation != "eager":
         raise DecodeError(
             f"attentions are never formed by {loaded.model.config._attn_implementation!r} attention. Call "
@@ -197,7 +207,7 @@ def decode_steps(
         if keep.attentions:
             model_kwargs["output_attentions"] = True
         return _loop(
-            _Inputs(model, model_kwargs),
+            _Inputs(model, model_kwargs, loaded.compiled),
             input_ids,
             logits_processor,
             _StopCheck(stopping_criteria, generation_config),
@@ -241,9 +251,9 @@ def _loop(
         try:
             with torch.no_grad():
                 # act 1: inputs and forward pass
+                inputs.make_room(input_ids.shape[1] if tokens is None else cached_tokens + 1)
                 fed = inputs.first(input_ids, cached_tokens) if tokens is None else inputs.next(input_ids, tokens)
-                with inputs.forward_mode():
-                    outputs = inputs.model(**fed, return_dict=True)
+                outputs = inputs.forward(fed, prefill=tokens is None)
                 inputs.advance(outputs)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -273,7 +283,7 @@ def _loop(
                 context_length = int(cache.get_seq_length())
                 stop_check_ended = time.perf_counter()
         except BaseException:
-            _forget_step(cache, cached_tokens)
+            crop_cache(cache, cached_tokens)
             raise
 
         step = DecodeStep(
@@ -312,10 +322,11 @@ _LEAN_INPUTS = {
 
 
 class _Inputs:
-    """Act 1: what each forward pass is called with."""
+    """Act 1: what each forward pass is called with, and the call."""
 
-    def __init__(self, model: Any, model_kwargs: dict[str, Any]) -> None:
+    def __init__(self, model: Any, model_kwargs: dict[str, Any], compiled: CompiledForward | None) -> None:
         self.model = model
+        self._compiled = compiled
         self.cache: Cache = model_kwargs["past_key_values"]
         self._kwargs = model_kwargs
         self.lean = (  # a decode step's inputs are known beforehand: one token, one position
@@ -324,13 +335,24 @@ class _Inputs:
             and model_kwargs.keys() <= _LEAN_INPUTS
             and model_kwargs["attention_mask"] is None
             and model_kwargs["position_ids"].ndim == 2
-            and type(self.cache) is DynamicCache
-            and all(type(layer) is DynamicLayer for layer in self.cache.layers)
+            and (compiled is not None or type(self.cache) is DynamicCache)
+            and all(type(layer) is (DynamicLayer if compiled is None else StaticLayer) for layer in self.cache.layers)
         )
-        inference = self.lean and model.device.type != "meta"
-        self.forward_mode = torch.inference_mode if inference else torch.no_grad
+        inference = self.lean and compiled is None and model.device.type != "meta"
+        self._forward_mode = torch.inference_mode if inference else torch.no_grad
         """inference_mode where no tensor is written to that outlives the pass; it spares autograd's counters."""
         self._position: Tensor | None = None  # (batch or 1, 1) of the next token
+
+    def make_room(self, tokens: int) -> None:
+        """Lengthen the static cache of a compiled model to hold the tokens of the next pass."""
+        if self._compiled:
+            make_room(self.cache, tokens, context_limit(self.model.config))
+
+    def forward(self, fed: dict[str, Any], *, prefill: bool) -> Any:
+        """Run the pass: decode steps compiled where the model was loaded so, everything else in eager mode."""
+        run = self.model if prefill or self._compiled is None else self._compiled
+        with self._forward_mode():
+            return run(**fed, return_dict=True)
 
     def first(self, input_ids: Tensor, cached_tokens: int) -> dict[str, Any]:
         """Inputs of the prefill: the prompt behind what is cached."""
@@ -367,10 +389,24 @@ def _as_normal_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.clone() for tensor in tensors)
 
 
-def _forget_step(cache: Cache, cached_tokens: int) -> None:
-    """Undo an unfinished step: some layers may hold its tokens already, others not yet."""
+def new_cache(loaded: LoadedModel) -> Cache:
+    """Return an empty cache of the kind that the model decodes with: static where it is compiled, else dynamic.
+
+    Example:
+        >>> from glmlab import load_model
+        >>> type(new_cache(load_model("embedded", precision="fp32", device="cpu"))).__name__
+        'DynamicCache'
+    """
+    config = loaded.model.config
+    if loaded.compiled is None:
+        return DynamicCache(config=config)
+    return StaticCache(config=config, max_cache_len=static_cache_tokens(1, context_limit(config)))
+
+
+def crop_cache(cache: Cache, tokens: int) -> None:
+    """Forget all but the first tokens. After a step that was cut off some layers hold its tokens, others not yet."""
     for layer in cache.layers:
-        if type(layer) in (DynamicLayer, StaticLayer) and (extra := int(layer.get_seq_length()) - cached_tokens) > 0:
+        if type(layer) in (DynamicLayer, StaticLayer) and (extra := int(layer.get_seq_length()) - tokens) > 0:
             if isinstance(layer, StaticLayer):
                 layer.cumulative_length.sub_(extra)
             else:

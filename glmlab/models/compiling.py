@@ -1,0 +1,149 @@
+"""A model's forward pass through torch.compile, for the steps that all look alike: one token, a cache of fixed length.
+
+In eager mode Python hands the device one small operation after the other, several hundred a token. torch.compile reads
+the forward pass once, fuses what lies side by side and writes C++ (CPU) or Triton kernels (CUDA, replayed as one CUDA
+graph). That pays where shapes repeat, so decode steps are compiled and prefills, each of another length, are not; and
+keys and values lie in a StaticCache, whose tensors keep shape and address while tokens are added.
+
+A cache length that was not seen before costs a compilation, the second one makes the length a variable: a model is
+compiled twice at most, however long its contexts grow. Where compiling fails, decoding goes on in eager mode, and a
+:class:`CompileWarning` says so once.
+"""
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+SMALLEST_CACHE_TOKENS = 256
+"""Length of the shortest static cache; longer ones are powers of two."""
+
+_RECOMPILE_LIMIT = 64  # dynamo's own, 8, counts all models of one class together
+
+
+class CompileWarning(UserWarning):
+    """torch.compile was asked for and cannot be used; the text says why, and that eager mode goes on."""
+
+
+@dataclass
+class Compilation:
+    """How compiling went; part of the :class:`~glmlab.models.loading.LoadReport`."""
+
+    seconds: float = 0.0
+    """Of the first compilation, with the steps that set it off."""
+    failure: str | None = None
+    """Why decode steps run in eager mode; None while they are compiled."""
+
+    def __str__(self) -> str:
+        if self.failure is None:
+            return f"decode steps, {self.seconds:.1f} s"
+        return f"no, eager mode ({self.failure.partition(':')[0]})"
+
+
+class CompiledForward:
+    """The forward pass of a model's decode steps, compiled; in eager mode from the first failure on.
+
+    Args:
+        model: a causal language model of transformers, in eval mode.
+
+    Making one compiles: two decode steps run on a static cache of :data:`SMALLEST_CACHE_TOKENS`.
+
+    Example:
+        >>> from glmlab import load_model
+        >>> load_model("embedded", precision="fp32", device="cpu").compiled is None  # unless asked: compile=True
+        True
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.compilation = Compilation()
+        self._on_cuda = model.device.type == "cuda"
+        torch._dynamo.config.recompile_limit = max(_RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        self._forward: Any = torch.compile(
+            model.forward,
+            fullgraph=True,  # part of a model left in eager mode would be a silent fallback
+            mode="reduce-overhead" if self._on_cuda else None,
+        )
+        started = time.perf_counter()
+        self._try_out()
+        self.compilation.seconds = time.perf_counter() - started
+
+    def __call__(self, **inputs: Any) -> Any:
+        """One decode step: what ``model(**inputs)`` returns; read its tensors before the next call."""
+        if self.compilation.failure is None:
+            if self._on_cuda:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            try:
+                return self._forward(**inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:  # compiling precedes running: nothing is done
+                self._give_up(_cause(error))
+        return self._model(**inputs)
+
+    def _try_out(self) -> None:
+        """Compile for the shortest cache, so that a report made after it tells the truth."""
+        cache = StaticCache(config=self._model.config, max_cache_len=SMALLEST_CACHE_TOKENS)
+        if kinds := sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}):
+            self._give_up(f"this model keeps keys and values in layers of kind {', '.join(kinds)}, not in full")
+            return
+        token = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
+        with torch.no_grad():
+            self._model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for position in (1, 2):
+                self(
+                    input_ids=token,
+                    position_ids=torch.full_like(token, position),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                    return_dict=True,
+                )
+
+    def _give_up(self, why: str) -> None:
+        self.compilation.failure = why
+        warnings.warn(
+            f"torch.compile cannot be used here: {why}. Decode steps run in eager mode, with the same tokens. "
+            "compile=True needs a C++ compiler on a CPU (g++, clang or MSVC) and Triton on a GPU.",
+            CompileWarning,
+            stacklevel=2,
+        )
+
+
+def static_cache_tokens(tokens: int, limit: int) -> int:
+    """Length of a static cache for so many tokens: a power of two, so that few occur, at most the model's limit.
+
+    Example:
+        >>> [static_cache_tokens(tokens, limit=8192) for tokens in (1, 257, 5000)], static_cache_tokens(257, limit=300)
+        ([256, 512, 8192], 300)
+    """
+    return min(max(SMALLEST_CACHE_TOKENS, 1 << (tokens - 1).bit_length()), max(limit, tokens))
+
+
+def make_room(cache: StaticCache, tokens: int, limit: int) -> None:
+    """Lengthen a static cache in place until it holds so many tokens; what is cached stays.
+
+    Args:
+        cache: whose layers are all of full length.
+        tokens: to hold.
+        limit: the model's most tokens.
+    """
+    for layer in cache.layers:
+        if layer.max_cache_len >= tokens:
+            continue
+        layer.max_cache_len = static_cache_tokens(tokens, limit)
+        if layer.is_initialized:
+            keys, values = layer.keys, layer.values
+            layer.lazy_initialization(keys, values)
+            layer.keys[:, :, : keys.shape[2]] = keys
+            layer.values[:, :, : values.shape[2]] = values
+
+
+def _cause(error: BaseException) -> str:
+    """First line of the innermost error: dynamo wraps what a backend raised."""
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}".removesuffix(".")
