@@ -7,20 +7,16 @@ need the family's tokenizer; where it is not on the machine they are left out, n
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from glmlab.errors import GlmlabError
-from glmlab.generation.prompts import (
-    Message,
-    Segment,
-    chat_segments,
-    check_messages,
-    dissect,
-    template_segments,
-)
+from glmlab.generation.prompts import dissect
+from glmlab.generation.segments import Message, Segment, SegmentKind, chat_segments, check_messages
+from glmlab.generation.templates import template_segments
 from glmlab.resources import data_path
 
 
@@ -136,7 +132,7 @@ def _compared(chat: ChatFormat, messages: Sequence[Message], tokenizer: PreTrain
         "frame_characters_per_turn": _frame_characters(two) - _frame_characters(one),
         "frame_tokens_per_turn": None,
     }
-    kinds = ("prefix", "role", "metadata", "text", "generation prompt")
+    kinds = get_args(SegmentKind)
     counts |= {f"{kind.replace(' ', '_')}_tokens": None for kind in kinds}
     counts["tokens"] = None
     if tokenizer is not None:

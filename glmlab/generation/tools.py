@@ -152,7 +152,7 @@ def answer_tool_call(call: ToolCall, functions: Mapping[str, Callable[..., Any]]
     function = functions[call.name]
     try:
         bound = inspect.signature(function).bind(**call.arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a function of C without a signature
         raise ToolCallError(
             f"the call of {call.name!r} does not fit its function ({error}): arguments {call.arguments!r}. "
             "Describe the parameters in the tool list as the function has them."

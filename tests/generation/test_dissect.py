@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -414,6 +415,17 @@ class TestFormats:
         table = segment_table(segments)
         for name in FORMATS:
             assert "".join(table.loc[table["format"] == name, "text"]) == chat_format(name).text(HELLO)
+
+    @pytest.mark.parametrize("raises", [False, True])
+    def test_a_template_that_does_not_tell_how_messages_open_has_no_prefix(self, raises):
+        def render(messages, opened):
+            """The last message alone; more than one is refused or left out."""
+            if raises and len(messages) > 1:
+                raise TemplateError("one message only")
+            return f"<s>{messages[-1]['content']}"
+
+        segments = template_segments(render, HELLO)
+        assert [(segment.kind, segment.text) for segment in segments] == [("role", "<s>"), ("text", "Hello")]
 
     def test_a_template_may_write_nothing_around_a_text(self):
         segments = template_segments(lambda messages, opened: "".join(m["content"] for m in messages), HELLO)

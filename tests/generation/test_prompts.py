@@ -93,6 +93,8 @@ def test_empty_texts_have_no_ids(embedded):
         ([{"role": "user", "content": 3}], None, r"message 0 \(user\): content is int, not text"),
         ([USER, {**ASSISTANT, "metadata": "a\nb"}], None, r"message 1 \(assistant\): metadata must be one line"),
         ([USER], TOOLS, "tools are listed in the system message, but message 0 is not one"),
+        ([SYSTEM, USER], [print], "the tools cannot be written as JSON"),
+        ("Hello", None, "message 0 is str 'H', not a mapping. Give a list of messages such as"),
     ],
 )
 def test_rules_of_the_roles(embedded, messages, tools, message):
@@ -112,3 +114,22 @@ class TestOtherFamilies:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=embedded.tokenizer.backend_tokenizer)
         with pytest.raises(PromptError, match="has no chat template: this is a base model"):
             encode_chat(tokenizer, [USER])
+
+    @pytest.mark.parametrize(
+        ("template", "messages", "message"),
+        [
+            (
+                "{{ raise_exception('roles must alternate') }}",
+                [USER],
+                "template refuses these messages: roles must",
+            ),
+            ("{{ messages[0].content + 1 }}", [USER], "template refuses these messages: can only concatenate str"),
+            ("{{ messages }}", ["Hello"], "message 0 is str 'Hello', not a mapping"),
+        ],
+    )
+    def test_what_a_template_refuses_is_said(self, embedded, template, messages, message):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=embedded.tokenizer.backend_tokenizer, chat_template=template
+        )
+        with pytest.raises(PromptError, match=message):
+            encode_chat(tokenizer, messages)

@@ -115,6 +115,10 @@ class TestAnswering:
         with pytest.raises(ToolCallError, match=message):
             answer_tool_call(call, {"f": lambda city: city})
 
+    def test_a_function_without_a_signature_is_reported(self):
+        with pytest.raises(ToolCallError, match="no signature found for builtin"):
+            answer_tool_call(ToolCall("max", {"a": 1}), {"max": max})
+
     def test_errors_of_the_tool_itself_are_left_as_they_are(self):
         with pytest.raises(ZeroDivisionError):
             answer_tool_call(ToolCall("f", {}), {"f": lambda: 1 / 0})
