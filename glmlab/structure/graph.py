@@ -477,7 +477,7 @@ def linearize(bases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
     """Every class's MRO from names alone: Python itself computes it, on empty classes of the same shape.
 
     Raises:
-        StructureError: a class inherits from itself, or its bases have no common order.
+        StructureError: a class inherits from itself, its bases have no common order, or a name is none for a class.
 
     Example:
         >>> linearize({"A": [], "B": ["A"], "C": ["A"], "D": ["B", "C"]})["D"]
@@ -494,6 +494,8 @@ def linearize(bases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
                 made[name] = type(name, above, {})
             except TypeError as error:
                 raise StructureError(f"{name}({', '.join(bases[name])}) has no order of look-up: {error}") from error
+            except ValueError as error:
+                raise StructureError(f"{name!r} cannot be the name of a class ({error}). Mend the source.") from error
         return made[name]
 
     return {name: tuple(cls.__name__ for cls in make(name, ()).__mro__[:-1]) for name in bases}

@@ -181,8 +181,9 @@ def _auto_side(root: Any) -> tuple[list[type], list[tuple[type, type, str]]]:
     model_type = config_class.model_type
     registered = [(maker, root, "builds") for maker in makers]
     registered.append((config_class, root, f"model_type '{model_type}'"))
-    if CONFIG_MAPPING[model_type] is config_class:
-        registered.append((AutoConfig, config_class, f"'{model_type}'"))
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] is not config_class:
+        return [*makers, config_class], registered  # one can register a model without its config
+    registered.append((AutoConfig, config_class, f"'{model_type}'"))
     return [*makers, config_class, AutoConfig], registered
 
 

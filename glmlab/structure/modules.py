@@ -99,7 +99,7 @@ class _Sizes:
             fresh = [(name, tensor) for name, tensor in own_tensors(module) if id(tensor) not in seen]
             seen |= {id(tensor) for _, tensor in fresh}
             self._own[path] = (
-                sum(_parameter_count(module, tensor) for name, tensor in fresh if name in module._parameters),
+                sum(_parameter_count(tensor) for name, tensor in fresh if name in module._parameters),
                 sum(_stored_bytes(module, tensor) for _, tensor in fresh),
             )
 
@@ -166,12 +166,13 @@ def _signature(module: nn.Module) -> Any:
     ]
 
 
-def _parameter_count(module: nn.Module, tensor: Tensor) -> int:
+def _parameter_count(tensor: Tensor) -> int:
     """Elements before quantisation: a packed 4-bit weight has fewer than the layer has parameters."""
     state = getattr(tensor, "quant_state", None)
     return tensor.numel() if state is None else torch.Size(state.shape).numel()
 
 
 def _stored_bytes(module: nn.Module, tensor: Tensor) -> int:
+    """Bytes of a tensor with its quantisation state."""
     state = sum(part.numel() * part.element_size() for part in quantisation_state_of(module, tensor))
     return tensor.numel() * tensor.element_size() + state

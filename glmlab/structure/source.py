@@ -6,6 +6,7 @@ Nothing is imported: neither the file nor what it imports.
 
 import ast
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,8 @@ def _find_sources(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Module:
+    """A source file: as griffe reads it (names), and as Python parses it (the text of ``__init__``)."""
+
     griffe_module: Any
     tree: ast.Module
     classes: dict[str, Any]
@@ -89,9 +92,11 @@ class _Module:
 
 def _read_module(file: Path) -> _Module:
     try:
-        text = file.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        module = griffe.visit(file.stem, filepath=file, code=text)
+        text = file.read_text(encoding="utf-8-sig")  # Python reads past a byte order mark, too
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the parser, on the file's style
+            tree = ast.parse(text)
+            module = griffe.visit(file.stem, filepath=file, code=text)
     except OSError as error:
         raise StructureError(f"{file} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -192,7 +197,7 @@ def _parts(module: _Module, definition: ast.ClassDef, names: _Names) -> Iterator
 
 
 class _InitReader:
-    """Walks the statements of one ``__init__``; ``made_by`` remembers what its local names stand for."""
+    """Walks the statements of one ``__init__``; ``_made_by`` remembers what its local names stand for."""
 
     def __init__(self, module: _Module, names: _Names) -> None:
         self._module = module
@@ -201,6 +206,7 @@ class _InitReader:
         self.found: dict[tuple[str, str], Part] = {}
 
     def read(self, statements: Iterable[ast.stmt], *, certain: bool) -> None:
+        """Note the parts that statements make; ``certain``: they run whenever ``__init__`` does."""
         for statement in statements:
             if isinstance(statement, ast.FunctionDef):
                 returned = [node.value for node in ast.walk(statement) if isinstance(node, ast.Return)]
@@ -214,7 +220,9 @@ class _InitReader:
                 self.read(statement.orelse, certain=False)
             elif isinstance(statement, (ast.With, ast.Try)):
                 self.read(statement.body, certain=certain)
-            elif isinstance(statement, ast.For):
+                for handler in getattr(statement, "handlers", ()):
+                    self.read(handler.body, certain=False)
+            elif isinstance(statement, (ast.For, ast.While)):
                 self.read(statement.body, certain=False)
 
     def _assign(self, target: ast.expr, value: ast.expr | None, certain: bool) -> None:
@@ -298,6 +306,9 @@ def write_class_facts(graph: ClassGraph, path: str | Path, *, source: str) -> No
         graph: such as :func:`source_class_graph` gives.
         path: the file.
         source: where the facts come from; it is kept with them.
+
+    Raises:
+        StructureError: the file cannot be written.
     """
     classes = [
         {
@@ -312,7 +323,10 @@ def write_class_facts(graph: ClassGraph, path: str | Path, *, source: str) -> No
     ]
     builds = [[arrow.source, arrow.target, arrow.label] for arrow in graph.builds]
     facts = {"source": source, "roots": list(graph.roots), "builds": builds, "classes": classes}
-    Path(path).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        Path(path).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StructureError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
 
 
 def read_class_facts(path: str | Path) -> ClassGraph:

@@ -5,7 +5,7 @@ import abc
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, GlmModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, GlmModel, PreTrainedConfig, PreTrainedModel
 
 import glmlab
 from glmlab.models.checkpoints import find_config
@@ -129,6 +129,18 @@ class TestChatGLM3:
         assert of_class.classes["ChatGLM3ForCausalLM"].parts == ()
         assert Part("layers", "GlmDecoderLayer", 4, 4) in of_model.classes["GlmModel"].parts
         assert glmlab.class_graph is class_graph
+
+    def test_a_model_registered_without_its_config_has_no_autoconfig(self, monkeypatch):
+        class OwnConfig(PreTrainedConfig):
+            model_type = "own-model"
+
+        class OwnModel(PreTrainedModel):
+            config_class = OwnConfig
+
+        monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, OwnConfig, OwnModel)
+        graph = class_graph(OwnModel)
+        assert [arrow.source.rpartition(".")[2] for arrow in graph.builds] == ["AutoModelForCausalLM", "OwnConfig"]
+        assert "AutoConfig" not in graph.classes
 
     def test_a_base_model_is_built_by_automodel(self):
         assert {arrow.source for arrow in class_graph(GlmModel).builds if arrow.label == "builds"} == {"AutoModel"}

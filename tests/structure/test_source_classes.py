@@ -150,6 +150,27 @@ class TestSource:
         (tmp_path / "modeling_a.py").write_text("import other\nclass Layer(other.Layer): ...")
         assert source_class_graph(tmp_path).classes["Layer"].bases == ("other.Layer",)
 
+    def test_parts_of_loops_and_handlers_may_be_there(self, tmp_path):
+        """A byte order mark and an escape that Python warns of change nothing."""
+        source = """\ufeffimport torch
+class A(torch.nn.Module):
+    pattern = "\\d"
+    def __init__(self):
+        try:
+            self.norm = torch.nn.RMSNorm(8)
+        except AttributeError:
+            self.norm = torch.nn.LayerNorm(8)
+        while more():
+            self.drop = torch.nn.Dropout()
+"""
+        (tmp_path / "modeling_a.py").write_text(source, encoding="utf-8")
+        parts = source_class_graph(tmp_path).classes["A"].parts
+        assert [part.label for part in parts] == [
+            "norm: nn.RMSNorm",
+            "norm: 0..1 x nn.LayerNorm",
+            "drop: 0..1 x nn.Dropout",
+        ]
+
 
 class TestBadSource:
     @pytest.mark.parametrize(
@@ -204,6 +225,17 @@ class TestFacts:
             read_class_facts(tmp_path / "facts.json")
         with pytest.raises(StructureError, match="nothing.json cannot be read"):
             read_class_facts(tmp_path / "nothing.json")
+
+    def test_a_name_that_no_class_can_have_is_refused(self, tmp_path):
+        entry = {"name": "A\0", "module": "m", "bases": [], "members": {}, "parts": [], "kind": "class"}
+        file = tmp_path / "facts.json"
+        file.write_text(json.dumps({"classes": [entry], "builds": [], "roots": []}))
+        with pytest.raises(StructureError, match="cannot be the name of a class"):
+            read_class_facts(file)
+
+    def test_a_file_that_cannot_be_written_is_said(self, folder, tmp_path):
+        with pytest.raises(StructureError, match="cannot be written .* Name a file in another folder"):
+            write_class_facts(source_class_graph(folder), tmp_path, source="here")
 
     def test_the_chapters_picture(self):
         """Classes, methods and relations that the chapter names."""
