@@ -86,6 +86,25 @@ def _stream(talk: "ChatSession | Recorder", text: str, context_limit: int) -> No
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="the hub's name of a model, such as zai-org/chatglm3-6b")],
+    hub: Annotated[
+        str, typer.Option("--from", help="huggingface, or modelscope (there it is ZhipuAI/chatglm3-6b)")
+    ] = "huggingface",
+    to: Annotated[Path | None, typer.Option(help="a folder of its own; default: the hub's cache")] = None,
+    with_source: Annotated[
+        bool, typer.Option("--with-source", help="also the model's Python files: to read, never executed")
+    ] = False,
+) -> None:
+    """Download a model, or complete a half-download, and check every file."""
+    from glmlab.models.hub import fetch as run
+
+    report = run(model, hub=hub, to=to, with_source=with_source)
+    typer.echo(str(report))
+    typer.echo(f"use it with: --model {model if hub == 'huggingface' and to is None else report.folder}")
+
+
+@app.command()
 def record(
     out: Annotated[Path, typer.Argument(help="the .csv to write; provenance lands beside it as .json")],
     model: Model = "embedded",

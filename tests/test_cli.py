@@ -28,7 +28,7 @@ def test_help_names_every_command_and_loads_no_torch():
         "import sys; from glmlab.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("chat", "record", "forecast", "replay", "compare", "notebooks", "doctor"):
+    for command in ("fetch", "chat", "record", "forecast", "replay", "compare", "notebooks", "doctor"):
         assert command in shown
     assert shown.endswith("False\n")
 
@@ -69,6 +69,8 @@ def test_a_recording_lands_where_it_is_asked_for(tmp_path):
         (["chat", "--model", "no/such/model/here"], "glmlab: 'no/such/model/here' is neither 'embedded'"),
         (["chat", "--precision", "int2"], "glmlab: precision='int2' is not known"),
         (["record", "x.csv", "--conversation", "nowhere.json"], "glmlab: nowhere.json is not there"),
+        (["fetch", "misspelt"], "glmlab: 'misspelt' is not a hub id"),
+        (["fetch", "some/body", "--from", "nowhere"], "glmlab: hub 'nowhere' is not known"),
         (["forecast"], "glmlab: give either a model or --trace NAME"),
         (["forecast", "misspelt"], "glmlab: no config for 'misspelt'"),
         (["forecast", "chatglm3-6b", "--tokens", "9000"], "glmlab: the turns reach 9,000 tokens, but chatglm3-6b"),

@@ -124,7 +124,8 @@ class Workload:
         if isinstance(model, Mapping):
             config, name = dict(model), str(model.get("_name_or_path") or model.get("model_type") or "model")
         else:
-            from glmlab.models.checkpoints import find_config, read_config_json
+            from glmlab.models.checkpoint_files import read_config_json
+            from glmlab.models.checkpoints import find_config
 
             path = find_config(model)
             config = read_config_json(path)

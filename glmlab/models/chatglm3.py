@@ -84,6 +84,7 @@ class ChatGLM3Config(GlmConfig):
             LayerNorm, attention without grouped keys and values, a pre-quantised checkpoint, …).
 
     Example:
+        >>> from glmlab.resources import data_path
         >>> config = ChatGLM3Config.from_json_file(data_path("configs", "chatglm3-6b.json"))
         >>> config.num_hidden_layers, config.num_key_value_heads, config.vocab_size
         (28, 2, 65024)

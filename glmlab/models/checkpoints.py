@@ -5,32 +5,22 @@ pickle), a tokenizer beside them. Nothing that came with it is executed.
 """
 
 import json
-import struct
 from pathlib import Path
-from typing import Any
 
-from glmlab.errors import GlmlabError
+from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
+from glmlab.models.hub import is_hub_id, locate, locate_config, refuse_half_download
 from glmlab.resources import data_path
 
 EMBEDDED = "embedded"
 """The name of the model that ships with the suite."""
 
-_LFS_MARK = b"version https://git-lfs"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "vocab.txt")
-_LONGEST_FILE_NAME = 255
-_NEEDED = ["*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja"]
-
-
-class CheckpointError(GlmlabError):
-    """A checkpoint cannot be used; the text names the file or the name, what is wrong, and the mend."""
-
 
 def find_checkpoint(name: str) -> Path:
-    """Return the checked folder of ``name``: "embedded", a folder, or a hub id (downloaded where it is not cached).
+    """Return the checked folder of ``name``: "embedded", a folder, or a hub id (fetched where it is not cached).
 
     Raises:
-        CheckpointError: no such folder or hub id, no network, or the folder fails :func:`check_checkpoint`.
+        CheckpointError: no such folder or hub id, no network, a half-download, or a folder that fails
+            :func:`~glmlab.models.checkpoint_files.check_checkpoint`.
 
     Example:
         >>> find_checkpoint("embedded").name
@@ -40,8 +30,9 @@ def find_checkpoint(name: str) -> Path:
         folder = data_path("tiny-chatglm3")
     elif (path := _local_path(name)).is_dir():
         folder = path
-    elif _is_hub_id(name):
-        folder = _download(name)
+        refuse_half_download(folder)
+    elif is_hub_id(name):
+        folder = locate(name)
     else:
         raise CheckpointError(
             f"{name!r} is neither 'embedded', nor an existing folder, nor a hub id such as 'zai-org/chatglm3-6b'. "
@@ -77,8 +68,8 @@ def find_config(name: str) -> Path:
     key = name.rsplit("/", 1)[-1].lower()
     if key in known:
         return known[key]
-    if _is_hub_id(name):
-        return _download(name, only=["config.json"]) / "config.json"
+    if is_hub_id(name):
+        return locate_config(name)
     raise CheckpointError(
         f"no config for {name!r}: it is no folder, no file, no hub id, and not in data/configs "
         f"({', '.join(sorted(known))})."
@@ -94,136 +85,6 @@ def known_configs() -> dict[str, Path]:
     return known
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds the files of a tokenizer."""
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
-
-
-def check_checkpoint(folder: Path) -> list[Path]:
-    """Hold a folder against what loading needs, reading headers only; return its safetensors files.
-
-    Raises:
-        CheckpointError: config.json or tokenizer missing, a Git-LFS pointer in place of a file, pickle weights only, a
-            shard of the index missing, a safetensors file truncated or with a broken header, a tensor that is not in
-            the shard that the index names.
-    """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder. Check the path.")
-    read_config_json(config_file)
-    weight_map = _weight_map(folder)
-    for file in sorted({*weight_map.values()}):
-        path = folder / file
-        if not path.is_file():
-            raise CheckpointError(
-                f"{folder} is incomplete: the index names {file}, which is not there. Download that file again."
-            )
-        tensors = read_safetensors_header(path)
-        absent = [name for name, shard in weight_map.items() if shard == file and name not in tensors]
-        if absent:
-            raise CheckpointError(
-                f"{file} does not hold {absent[0]}, which the index says it does. "
-                "Index and shard come from different downloads: fetch both again."
-            )
-    if not has_tokenizer(folder):
-        raise CheckpointError(
-            f"{folder} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}). "
-            "Copy the tokenizer files of the same model into it."
-        )
-    for file in _TOKENIZER_FILES:
-        if (folder / file).is_file():
-            _refuse_lfs_pointer(folder / file)
-    return [folder / file for file in sorted({*weight_map.values()})]
-
-
-def read_config_json(path: Path) -> dict[str, Any]:
-    """Read a config.json; :class:`CheckpointError` when it is a Git-LFS pointer, not JSON, or no object."""
-    _refuse_lfs_pointer(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Download it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(config).__name__}, not an object. Download it again.")
-    return config
-
-
-def read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Read the header of a safetensors file: tensor name -> dtype, shape, data_offsets.
-
-    Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes.
-
-    Raises:
-        CheckpointError: a Git-LFS pointer, a broken header, or a file shorter or longer than its header says.
-    """
-    _refuse_lfs_pointer(path)
-    size_bytes = path.stat().st_size
-    broken = CheckpointError(f"{path} is not a whole safetensors file: its header is broken. Download it again.")
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise broken
-        (header_bytes,) = struct.unpack("<Q", prefix)
-        if header_bytes > size_bytes - 8:
-            raise broken
-        try:
-            header = json.loads(file.read(header_bytes))
-            header.pop("__metadata__", None)
-            ends = [tensor["data_offsets"][1] for tensor in header.values()]
-            if not all(isinstance(end, int) for end in ends):
-                raise broken
-            data_bytes = max(ends, default=0)
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:
-            raise broken from error
-    if size_bytes != 8 + header_bytes + data_bytes:
-        said_bytes = 8 + header_bytes + data_bytes
-        raise CheckpointError(
-            f"{path} is {'truncated' if size_bytes < said_bytes else 'too long'}: it has {size_bytes} bytes, "
-            f"its header says {said_bytes}. Download it again."
-        )
-    return dict(header)
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, from the index, or from the one safetensors file."""
-    index_file = folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        weight_map = read_config_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index_file} has no weight_map. Download it again.")
-        for file in weight_map.values():
-            if not isinstance(file, str) or Path(file).name != file or len(file) > _LONGEST_FILE_NAME:
-                raise CheckpointError(f"{index_file} names {file!r}, which is not a file of the folder. Do not use it.")
-        return weight_map
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return dict.fromkeys(read_safetensors_header(single), single.name)
-    if loose := sorted(folder.glob("*.safetensors")):
-        raise CheckpointError(
-            f"{folder} has {loose[0].name} but neither model.safetensors nor model.safetensors.index.json. "
-            "Download the index too."
-        )
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise CheckpointError(
-            f"{folder} holds its weights as pickle only ({pickles[0]}): reading them would execute what they contain. "
-            "Use a revision of the checkpoint with .safetensors files."
-        )
-    raise CheckpointError(f"{folder} holds no weights (*.safetensors). Download them, or load with weights='random'.")
-
-
-def _refuse_lfs_pointer(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(len(_LFS_MARK))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
-    if beginning == _LFS_MARK:
-        raise CheckpointError(
-            f"{path} is a Git-LFS pointer, not the file itself. Run 'git lfs pull' in the folder, "
-            "or download the file from the hub's page."
-        )
-
-
 def _local_path(name: str) -> Path:
     """The path that a name would be; refuses names that no file can have."""
     try:
@@ -232,44 +93,3 @@ def _local_path(name: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{name[:80]!r} cannot be a file or folder ({error}). Check the path.") from error
     return path
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
-
-
-def _download(repo_id: str, only: list[str] | None = None) -> Path:
-    """Return the cached snapshot of a hub repository, fetching what is missing; no code files."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=only or _NEEDED))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id} is gated: accept its licence on its hub page, then log in with 'hf auth login'."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"the hub knows no public repository {repo_id!r}. Check the spelling; a private one needs 'hf auth login'."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        raise CheckpointError(
-            f"{repo_id} is not on this machine and the hub cannot be reached ({type(error).__name__}). "
-            "Check the network, or give a local folder, or use weights='random' for a model of data/configs "
-            f"({', '.join(sorted(path.stem for path in data_path('configs').glob('*.json')))})."
-        ) from error

@@ -21,14 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from glmlab.errors import GlmlabError
 from glmlab.models.chatglm3 import MODEL_TYPE, ChatGLMTokenizer
-from glmlab.models.checkpoints import (
-    EMBEDDED,
-    CheckpointError,
-    find_checkpoint,
-    find_config,
-    has_tokenizer,
-    read_config_json,
-)
+from glmlab.models.checkpoint_files import CheckpointError, has_tokenizer, read_config_json
+from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config
 from glmlab.models.compiling import Compilation, CompiledForward
 from glmlab.models.sizes import (
     BLOCK_4BIT,

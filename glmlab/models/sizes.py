@@ -72,7 +72,7 @@ def predict_bytes(skeleton: nn.Module, precision: str, dtype: torch.dtype) -> di
         >>> from glmlab.models.loading import build_skeleton, load_config
         >>> skeleton = build_skeleton(load_config(find_config("chatglm3-6b")))
         >>> predict_bytes(skeleton, "fp16", torch.float16)["attention"]
-        2114191360
+        1996746752
     """
     if precision not in PRECISIONS:
         raise GlmlabError(f"precision {precision!r} is not known. Use one of {', '.join(PRECISIONS)}.")

@@ -31,7 +31,8 @@ from glmlab.memory.forecast import COMPONENTS, forecast, largest_context
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.tracing import LONGEST, trace
 from glmlab.memory.workload import Workload, WorkloadError, find_card
-from glmlab.models.checkpoints import find_config, read_config_json
+from glmlab.models.checkpoint_files import read_config_json
+from glmlab.models.checkpoints import find_config
 from glmlab.units import MIB
 
 LAYERS = 2

@@ -6,14 +6,8 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from glmlab.models.checkpoints import (
-    CheckpointError,
-    check_checkpoint,
-    find_checkpoint,
-    find_config,
-    known_configs,
-    read_safetensors_header,
-)
+from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint, read_safetensors_header
+from glmlab.models.checkpoints import find_checkpoint, find_config, known_configs
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1018370\n"
 

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from glmlab import load_model
 from glmlab.models import loading
-from glmlab.models.checkpoints import CheckpointError, find_config
+from glmlab.models.checkpoint_files import CheckpointError
+from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import LoadError, LoadReport, build_skeleton, load_config
 from glmlab.models.sizes import COMPONENTS, FLOAT_PRECISIONS, PRECISIONS, component_of, measure_bytes, predict_bytes
 from glmlab.units import GIB
