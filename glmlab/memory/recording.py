@@ -16,34 +16,39 @@ The CSV is locked while a run writes it, so two runs never write one file.
 """
 
 import csv
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from glmlab.errors import GlmlabError
 from glmlab.generation.chat import ChatSession, ContextFullError, Turn
+from glmlab.memory.conversations import Conversation, ConversationError, Question, load_conversation
 from glmlab.memory.curve import Curve, csv_file, curve_json, read_curve, read_curve_json, write_atomically
 from glmlab.memory.probes import READING_COLUMNS, MemoryProbe, ProbeError, Reading
-from glmlab.models.checkpoints import EMBEDDED
-from glmlab.models.loading import LoadedModel, LoadReport
-from glmlab.resources import data_path
+from glmlab.memory.provenance import chat_provenance, microseconds
+from glmlab.memory.recording_files import RecordingError, is_checkpoint, open_locked, open_transcript, write_durably
+from glmlab.models.loading import LoadedModel
 from glmlab.units import mib
+
+__all__ = [
+    "COLUMNS",
+    "Conversation",
+    "ConversationError",
+    "Question",
+    "Recorder",
+    "RecordingError",
+    "load_conversation",
+    "record",
+]
 
 COLUMNS = (
     "step",
@@ -60,90 +65,7 @@ COLUMNS = (
 )
 """Columns of a recording, in order; ``curve.py`` says what they mean."""
 
-BUNDLED_CONVERSATIONS = ("long", "short")
-"""Names that :func:`load_conversation` finds in ``data/conversations``."""
-
 _SAME_ON_RESUME = ("model", "load_path", "precision", "dtype", "attention", "parameters", "gpus", "sampling", "rows")
-
-
-class RecordingError(GlmlabError):
-    """A recording cannot be started, continued or finished; says which file or setting is in the way."""
-
-
-class ConversationError(GlmlabError):
-    """A conversation file that cannot be used; says which turn and what is wrong with it."""
-
-
-# ------------------------------------------------------------------------------------------- the conversation
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the user says in one turn, and the longest answer."""
-
-    user: str
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """The user's side of a chat, fixed in a file."""
-
-    name: str
-    language: str
-    turns: tuple[Question, ...]
-    sha256: str
-    """Of the file's bytes."""
-
-
-def load_conversation(path: str | os.PathLike[str]) -> Conversation:
-    """Read a conversation file: ``{"name": …, "language": …, "turns": [{"user": …, "max_new_tokens": …}, …]}``.
-
-    Args:
-        path: a file, or "long" or "short" for those that come with the suite.
-
-    Raises:
-        ConversationError: the file is missing, is not JSON, or a turn lacks something.
-
-    Example:
-        >>> conversation = load_conversation("short")
-        >>> conversation.turns[0].user
-        '你好'
-    """
-    file = data_path("conversations", f"{path}.json") if path in BUNDLED_CONVERSATIONS else Path(path)
-    try:
-        content = file.read_bytes()
-        document = json.loads(content.decode("utf-8"))
-    except FileNotFoundError:
-        raise ConversationError(
-            f"{file} is not there. Give a conversation file, or one of {', '.join(BUNDLED_CONVERSATIONS)}."
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConversationError(f"{file} is not readable as JSON in UTF-8 ({error}). Mend the file.") from error
-    if not isinstance(document, dict) or not isinstance(document.get("turns"), list) or not document["turns"]:
-        raise ConversationError(
-            f'{file} has no list of turns. It needs "turns": [{{"user": …, "max_new_tokens": …}}, …].'
-        )
-    for field in ("name", "language"):
-        if not isinstance(document.get(field), str):
-            raise ConversationError(f'{file} has no {field}. Add "{field}": "…".')
-    turns = tuple(_question(file, number, turn) for number, turn in enumerate(document["turns"], start=1))
-    return Conversation(document["name"], document["language"], turns, hashlib.sha256(content).hexdigest())
-
-
-def _question(file: Path, number: int, turn: Any) -> Question:
-    user = turn.get("user") if isinstance(turn, dict) else None
-    if not isinstance(user, str) or not user.strip():
-        raise ConversationError(f'{file}: turn {number} says nothing. Give it "user": "…".')
-    budget = turn.get("max_new_tokens")
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise ConversationError(
-            f'{file}: turn {number} has max_new_tokens {budget!r}. Give it "max_new_tokens": a whole number from 1 on.'
-        )
-    return Question(user, budget)
-
-
-# ------------------------------------------------------------------------------------------------- recording
 
 
 def record(
@@ -221,11 +143,10 @@ class Recorder:
         self._conversation = conversation
         self._probe = probe or MemoryProbe.for_model(session.loaded.model)
         self._step = 0
-        self._provenance = _provenance(session, self._probe, conversation, every_token)
+        self._provenance = chat_provenance(session, self._probe, conversation, every_token)
         with ExitStack() as files:
-            self._csv = files.enter_context(_open_locked(self.path, resume=resume))
-            # unbuffered, so that a line reaches the system in one piece
-            self._transcript = files.enter_context(_open_transcript(self._transcript_path))
+            self._csv = files.enter_context(open_locked(self.path, resume=resume))
+            self._transcript = files.enter_context(open_transcript(self._transcript_path))
             self._began = time.perf_counter()
             checkpoints = self._read_transcript() if resume else []
             if checkpoints:
@@ -363,7 +284,7 @@ class Recorder:
             raise self._damaged(self._transcript_path, str(error)) from error
         vocabulary = self._session.loaded.model.config.vocab_size
         for number, checkpoint in enumerate(checkpoints, start=1):
-            if not _is_checkpoint(checkpoint, vocabulary):
+            if not is_checkpoint(checkpoint, vocabulary):
                 raise self._damaged(self._transcript_path, f"line {number} is not one that a recording writes")
         self._transcript.truncate(len(whole))
         return checkpoints
@@ -390,13 +311,13 @@ class Recorder:
             prompt_tokens=turn.prompt_tokens,
             generated_tokens=turn.generated_tokens,
             kv_mib=mib(turn.kv_bytes),
-            first_token_s=_microseconds(turn.first_token_s),
-            token_s=None if turn.token_s is None else _microseconds(turn.token_s - away_s / later_tokens),
+            first_token_s=microseconds(turn.first_token_s),
+            token_s=None if turn.token_s is None else microseconds(turn.token_s - away_s / later_tokens),
         )
 
     def _write_rows(self, readings: list[Reading], **cells: float | int | None) -> None:
         """Write one row for each reading; a cell that is not given is 0 for counts and empty for times."""
-        elapsed_s = _microseconds(time.perf_counter() - self._began)
+        elapsed_s = microseconds(time.perf_counter() - self._began)
         counts = {"step": self._step, "turn": self.turns, "prompt_tokens": 0, "generated_tokens": 0, "kv_mib": 0.0}
         for reading in readings:
             row = {**counts, **cells, **reading.row(), "elapsed_s": elapsed_s}
@@ -405,18 +326,18 @@ class Recorder:
     def _append(self, cells: Any) -> None:
         line = StringIO()
         csv.writer(line, lineterminator="\n").writerow(cells)
-        _write_durably(self._csv, line.getvalue())
+        write_durably(self._csv, line.getvalue())
 
     def _write_checkpoint(self, said: dict[str, Any]) -> None:
         checkpoint = {
             "turn": self.turns,
             "step": self._step,
             "context_tokens": self._session.context_tokens,
-            "elapsed_s": _microseconds(time.perf_counter() - self._began),
+            "elapsed_s": microseconds(time.perf_counter() - self._began),
             "csv_bytes": self._csv.tell(),
             **said,
         }
-        _write_durably(self._transcript, json.dumps(checkpoint, ensure_ascii=False) + "\n")
+        write_durably(self._transcript, json.dumps(checkpoint, ensure_ascii=False) + "\n")
 
     def _write_json(self) -> None:
         where = ", ".join(gpu["name"] for gpu in self._provenance["gpus"]) or "CPU"
@@ -432,177 +353,3 @@ class Recorder:
         if isinstance(error, ContextFullError):
             return f"{message}. Record a shorter conversation with this model."
         return f"{message}; --resume (resume=True) continues from there."
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-def _open_locked(path: Path, *, resume: bool) -> BinaryIO:
-    """Open the CSV unbuffered, created anew or as it is, and lock it until it is closed."""
-    if not resume and any(path.with_suffix(suffix).exists() for suffix in (".csv", ".json", ".transcript.jsonl")):
-        raise RecordingError(
-            f"{path} (or a file beside it) is there already, and a recording never overwrites one. Name another file, "
-            "or continue this recording with --resume (resume=True)."
-        )
-    try:
-        if not resume:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("r+b" if resume else "xb", buffering=0)
-    except FileNotFoundError as error:
-        raise RecordingError(
-            f"{path} is not there, so there is nothing to resume. Start it without --resume (resume=True)."
-        ) from error
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
-    try:
-        _lock(file)
-    except OSError as error:
-        file.close()
-        raise RecordingError(
-            f"{path} is being written by another run. Wait until it ends, or record into another file."
-        ) from error
-    return file
-
-
-def _open_transcript(path: Path) -> BinaryIO:
-    try:
-        return path.open("a+b", buffering=0)
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be written ({error.strerror}). Record into another file.") from error
-
-
-def _is_checkpoint(line: Any, vocabulary: int) -> bool:
-    """Whether a line of the transcript has what :meth:`Recorder._take_up` reads, of the right types."""
-    if not isinstance(line, dict) or not isinstance(line.get("elapsed_s"), int | float):
-        return False
-    counts = [line.get(name) for name in ("turn", "step", "context_tokens", "csv_bytes")]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
-        return False
-    if "user" not in line:
-        return True
-    ids = line.get("ids")
-    return (
-        isinstance(line["user"], str)
-        and isinstance(ids, list)
-        and all(isinstance(token_id, int) and 0 <= token_id < vocabulary for token_id in ids)
-    )
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCKED_BYTE = 2**40  # far behind the end, so that others can read the file while it grows
-
-    def _lock(file: BinaryIO) -> None:
-        here = file.tell()
-        file.seek(_LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        file.seek(here)
-
-else:
-    import fcntl
-
-    def _lock(file: BinaryIO) -> None:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _write_durably(file: BinaryIO, text: str) -> None:
-    file.write(text.encode("utf-8"))
-    os.fsync(file.fileno())
-
-
-def _microseconds(seconds: float | None) -> float | None:
-    """Seconds, rounded to what the clock is worth."""
-    return None if seconds is None else round(seconds, 6)
-
-
-# ------------------------------------------------------------------------------------------------- provenance
-
-
-def _provenance(
-    session: ChatSession, probe: MemoryProbe, conversation: Conversation | None, every_token: bool
-) -> dict[str, Any]:
-    report = session.loaded.report
-    provenance: dict[str, Any] = {
-        "status": "running",
-        "date": _today(),
-        "model": _public_name(report.name),
-        "load_path": _load_path(report),
-        "precision": report.precision,
-        "dtype": report.dtype,
-        "attention": report.attention,
-        "device": report.device,
-        "parameters": report.parameters,
-        "weight_bytes": report.bytes_by_component,
-        "load_s": _microseconds(report.seconds),
-        "tokenizer": report.tokenizer,
-        "sampling": _sampling(session),
-        "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
-        if report.weights == "random"
-        else "to the stop token, at most max_new_tokens of each turn",
-        "rows": "one a token" if every_token else "one a turn",
-        "conversation": None
-        if conversation is None
-        else {
-            "name": conversation.name,
-            "language": conversation.language,
-            "turns": len(conversation.turns),
-            "sha256": conversation.sha256,
-        },
-        "gpus": probe.gpus,
-        "driver": probe.driver,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("glmlab", "gpustat")},
-            **report.versions,
-        },
-        "os": _operating_system(),
-        "resumptions": [],
-    }
-    if probe.driver is not None:
-        import torch
-
-        provenance["cuda"] = torch.version.cuda
-        provenance["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-        provenance["allocator_settings"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    return provenance
-
-
-def _today() -> str:
-    """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    return moment.isoformat(timespec="seconds")
-
-
-def _operating_system() -> str:
-    """System, version and machine; of a kernel's name only the number, since the rest may name its owner."""
-    version = re.match(r"[\d.]*", platform.release())
-    return " ".join([platform.system(), version.group() if version else "", platform.machine()])
-
-
-def _public_name(name: str) -> str:
-    """Name of a model without the folders of this machine.
-
-    Example:
-        >>> _public_name("zai-org/chatglm3-6b"), _public_name("/checkpoints/chatglm3-6b")
-        ('zai-org/chatglm3-6b', 'chatglm3-6b')
-    """
-    path = Path(name).expanduser()
-    if name != EMBEDDED and (path.is_absolute() or path.exists()):
-        return path.resolve().name
-    return name
-
-
-def _load_path(report: LoadReport) -> str:
-    source = "random weights from the config" if report.weights == "random" else "checkpoint"
-    quantised = ", linear layers quantised by bitsandbytes" if report.precision in ("int8", "int4") else ""
-    device = "GPU" if report.device.startswith("cuda") else "CPU"
-    return f"{source} -> {report.architecture} on {device}{quantised}"
-
-
-def _sampling(session: ChatSession) -> dict[str, Any]:
-    config = session.generation_config or session.loaded.model.generation_config
-    if not config.do_sample:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

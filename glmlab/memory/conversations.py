@@ -1,0 +1,84 @@
+"""A conversation: the user's side of a chat, fixed in a JSON file, so that two recordings ask the same."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from glmlab.errors import GlmlabError
+from glmlab.resources import data_path
+
+BUNDLED_CONVERSATIONS = ("long", "short")
+"""Names that :func:`load_conversation` finds in ``data/conversations``."""
+
+
+class ConversationError(GlmlabError):
+    """A conversation file that cannot be used; says which turn and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the user says in one turn, and the longest answer."""
+
+    user: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The user's side of a chat, fixed in a file."""
+
+    name: str
+    language: str
+    turns: tuple[Question, ...]
+    sha256: str
+    """Of the file's bytes."""
+
+
+def load_conversation(path: str | os.PathLike[str]) -> Conversation:
+    """Read a conversation file: ``{"name": …, "language": …, "turns": [{"user": …, "max_new_tokens": …}, …]}``.
+
+    Args:
+        path: a file, or "long" or "short" for those that come with the suite.
+
+    Raises:
+        ConversationError: the file is missing, is not JSON, or a turn lacks something.
+
+    Example:
+        >>> conversation = load_conversation("short")
+        >>> conversation.turns[0].user
+        '你好'
+    """
+    file = data_path("conversations", f"{path}.json") if path in BUNDLED_CONVERSATIONS else Path(path)
+    try:
+        content = file.read_bytes()
+        document = json.loads(content.decode("utf-8"))
+    except FileNotFoundError:
+        raise ConversationError(
+            f"{file} is not there. Give a conversation file, or one of {', '.join(BUNDLED_CONVERSATIONS)}."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConversationError(f"{file} is not readable as JSON in UTF-8 ({error}). Mend the file.") from error
+    if not isinstance(document, dict) or not isinstance(document.get("turns"), list) or not document["turns"]:
+        raise ConversationError(
+            f'{file} has no list of turns. It needs "turns": [{{"user": …, "max_new_tokens": …}}, …].'
+        )
+    for field in ("name", "language"):
+        if not isinstance(document.get(field), str):
+            raise ConversationError(f'{file} has no {field}. Add "{field}": "…".')
+    turns = tuple(_question(file, number, turn) for number, turn in enumerate(document["turns"], start=1))
+    return Conversation(document["name"], document["language"], turns, hashlib.sha256(content).hexdigest())
+
+
+def _question(file: Path, number: int, turn: Any) -> Question:
+    user = turn.get("user") if isinstance(turn, dict) else None
+    if not isinstance(user, str) or not user.strip():
+        raise ConversationError(f'{file}: turn {number} says nothing. Give it "user": "…".')
+    budget = turn.get("max_new_tokens")
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        raise ConversationError(
+            f'{file}: turn {number} has max_new_tokens {budget!r}. Give it "max_new_tokens": a whole number from 1 on.'
+        )
+    return Question(user, budget)

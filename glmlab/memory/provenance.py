@@ -1,0 +1,110 @@
+"""What a recording notes of where it comes from: model, settings, machine, versions."""
+
+import importlib.metadata
+import os
+import platform
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from glmlab.generation.chat import ChatSession
+from glmlab.memory.conversations import Conversation
+from glmlab.memory.probes import MemoryProbe
+from glmlab.models.checkpoints import EMBEDDED
+from glmlab.models.loading import LoadReport
+
+
+def chat_provenance(
+    session: ChatSession, probe: MemoryProbe, conversation: Conversation | None, every_token: bool
+) -> dict[str, Any]:
+    """Model, settings, machine and versions of a recorded chat, as JSON can hold them; no path of this machine."""
+    report = session.loaded.report
+    provenance: dict[str, Any] = {
+        "status": "running",
+        "date": _today(),
+        "model": _public_name(report.name),
+        "load_path": _load_path(report),
+        "precision": report.precision,
+        "dtype": report.dtype,
+        "attention": report.attention,
+        "device": report.device,
+        "parameters": report.parameters,
+        "weight_bytes": report.bytes_by_component,
+        "load_s": microseconds(report.seconds),
+        "tokenizer": report.tokenizer,
+        "sampling": _sampling(session),
+        "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
+        if report.weights == "random"
+        else "to the stop token, at most max_new_tokens of each turn",
+        "rows": "one a token" if every_token else "one a turn",
+        "conversation": None
+        if conversation is None
+        else {
+            "name": conversation.name,
+            "language": conversation.language,
+            "turns": len(conversation.turns),
+            "sha256": conversation.sha256,
+        },
+        "gpus": probe.gpus,
+        "driver": probe.driver,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("glmlab", "gpustat")},
+            **report.versions,
+        },
+        "os": _operating_system(),
+        "resumptions": [],
+    }
+    if probe.driver is not None:
+        import torch
+
+        provenance["cuda"] = torch.version.cuda
+        provenance["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        provenance["allocator_settings"] = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    return provenance
+
+
+def _today() -> str:
+    """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+    return moment.isoformat(timespec="seconds")
+
+
+def _operating_system() -> str:
+    """System, version and machine; of a kernel's name only the number, since the rest may name its owner."""
+    version = re.match(r"[\d.]*", platform.release())
+    return " ".join([platform.system(), version.group() if version else "", platform.machine()])
+
+
+def _public_name(name: str) -> str:
+    """Name of a model without the folders of this machine.
+
+    Example:
+        >>> _public_name("zai-org/chatglm3-6b"), _public_name("/checkpoints/chatglm3-6b")
+        ('zai-org/chatglm3-6b', 'chatglm3-6b')
+    """
+    path = Path(name).expanduser()
+    if name != EMBEDDED and (path.is_absolute() or path.exists()):
+        return path.resolve().name
+    return name
+
+
+def _load_path(report: LoadReport) -> str:
+    source = "random weights from the config" if report.weights == "random" else "checkpoint"
+    quantised = ", linear layers quantised by bitsandbytes" if report.precision in ("int8", "int4") else ""
+    device = "GPU" if report.device.startswith("cuda") else "CPU"
+    return f"{source} -> {report.architecture} on {device}{quantised}"
+
+
+def _sampling(session: ChatSession) -> dict[str, Any]:
+    config = session.generation_config or session.loaded.model.generation_config
+    if not config.do_sample:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+
+
+def microseconds(seconds: float | None) -> float | None:
+    """Seconds, rounded to what the clock is worth."""
+    return None if seconds is None else round(seconds, 6)
