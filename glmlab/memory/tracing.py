@@ -30,8 +30,8 @@ import transformers
 from torch import Tensor
 
 from glmlab.errors import GlmlabError
-from glmlab.generation import chat, decoding
-from glmlab.memory import allocation_recorder, allocation_trace, device_effects, events, meta_loading, trace_building
+from glmlab.generation import decoding
+from glmlab.memory import trace_building
 from glmlab.memory.allocation_recorder import AllocationRecorder, OperationRule, module_paths, record_allocations
 from glmlab.memory.allocation_trace import (
     STEADY,
@@ -47,8 +47,7 @@ from glmlab.memory.device_effects import EFFECTS, FUSED_4BIT_ROWS, DeviceRules
 from glmlab.memory.meta_loading import dtype_of, load_on_meta, owner_of_loaded
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.workload import Workload, WorkloadError
-from glmlab.models import chatglm3, loading, sizes
-from glmlab.models.loading import build_skeleton, load_config
+from glmlab.models.loading import LoadedModel, build_skeleton, load_config
 
 CONVERSATIONS = (
     (Turn(11, 6), Turn(17, 6), Turn(23, 1), Turn(13, 2), Turn(29, 1), Turn(101, 1), Turn(7, 3), Turn(53, 1)),
@@ -62,11 +61,8 @@ LONGEST = max(sum(p + a - 1 for p, a in conversation) for conversation in CONVER
 MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
 """Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
 
-_CODE = (
-    allocation_recorder, allocation_trace, chat, chatglm3, decoding, device_effects, events, loading, meta_loading,
-    sizes, trace_building,
-)  # fmt: skip
-"""Modules whose text decides what a trace holds: an edit makes cached traces anew."""
+_CODE_FOLDERS = ("models", "generation", "memory")
+"""Parts of the package whose code can shape a trace: an edit there makes cached traces anew."""
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
@@ -154,8 +150,9 @@ def _settings(workload: Workload) -> dict[str, Any]:
 def _digest(settings: dict[str, Any]) -> str:
     """Name of a trace: a digest of its settings, of the code that makes it, and of the packages' versions."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for module in (*_CODE, sys.modules[__name__]):
-        digest.update(Path(str(module.__file__)).read_bytes())
+    package = Path(__file__).parent.parent
+    for file in sorted(file for folder in _CODE_FOLDERS for file in (package / folder).glob("*.py")):
+        digest.update(file.read_bytes())
     digest.update(json.dumps(_versions()).encode())
     return digest.hexdigest()[:24]
 
@@ -319,7 +316,9 @@ class _Run:
         return build_trace(recorder, self.steps, self.owners, facts)
 
     def _converse(self, conversation: int, turns: tuple[Turn, ...]) -> None:
-        loaded: Any = SimpleNamespace(model=self.model, tokenizer=SimpleNamespace(pad_token_id=0))
+        tokenizer: Any = SimpleNamespace(pad_token_id=0)  # no text is read or written,
+        report: Any = None  # and nobody asks how the model was loaded
+        loaded = LoadedModel(self.model, tokenizer, report)
         cache = self._new_cache()
         keep = decoding.Keep(top_k=0, logits="logits" in self.workload.keeps)
         previous: list[Tensor] = []
