@@ -20,12 +20,12 @@ mapped at its end, or into holes that ``empty_cache()`` left.
 
 import bisect
 
+from glmlab.memory.addresses import Addresses
 from glmlab.memory.blocks import Block, BlockView, Pool, SegmentView, mapped_runs, room
 from glmlab.memory.settings import (
     BLOCK_BYTES,
     DEFAULT_POOL,
     EXPANDABLE_SPACE_BYTES,
-    FIRST_ADDRESS,
     SMALL_REQUEST_BYTES,
     AllocatorError,
     AllocatorSettings,
@@ -42,7 +42,6 @@ __all__ = [
     "OutOfMemory",
     "Pool",
     "SegmentView",
-    "coin",
 ]
 
 
@@ -72,7 +71,7 @@ class CachingAllocator:
         address_seed: int | None = None,
     ) -> None:
         self.settings = settings or AllocatorSettings()
-        self.capacity_bytes, self.outside_bytes, self.address_seed = capacity_bytes, outside_bytes, address_seed
+        self.capacity_bytes, self.outside_bytes = capacity_bytes, outside_bytes
         self.reserved_bytes = self.allocated_bytes = self.allocated_small_bytes = 0
         self.peak_allocated_bytes = self.peak_allocated_small_bytes = 0  # the small pools' part at that moment
         self.segments_taken: list[tuple[int, bool]] = []  # bytes and whether small, of every segment or mapped range
@@ -80,13 +79,17 @@ class CachingAllocator:
         self._heads: dict[int, Block] = {}  # first block of every segment, by address
         self._head_order: list[int] = []
         self._spaces: dict[Pool, int] = {}  # where a pool's expandable segment lies
-        self._lowest = self._top = FIRST_ADDRESS
-        self._segments_made = 0
+        self._addresses = Addresses(address_seed)
 
     # -- what a program asks ------------------------------------------------------------------------------------------
 
     def malloc(self, n_bytes: int, stream: int = 0, *, owner: int = 0) -> Block:
-        """Give ``n_bytes`` a block; :class:`OutOfMemory` when the capacity does not allow it."""
+        """Give ``n_bytes`` a live block, which may be larger (rules 1 and 6).
+
+        Raises:
+            AllocatorError: not a positive size.
+            OutOfMemory: the capacity does not allow it, even after idle memory went back to the driver (rule 5).
+        """
         if n_bytes <= 0:
             raise AllocatorError(f"cannot allocate {n_bytes} bytes: PyTorch asks its allocator for positive sizes only")
         size = self.settings.round_size(n_bytes)
@@ -110,7 +113,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Make a live block idle and melt it with idle neighbours."""
+        """Make a live block idle and melt it with idle neighbours; :class:`AllocatorError` where it is not live."""
         if not block.live:
             raise AllocatorError(f"{block} is not live: freed twice?")
         block.live = False
@@ -247,7 +250,10 @@ class CachingAllocator:
         return None
 
     def map(self, address: int, n_bytes: int) -> Block:
-        """Back unmapped address space with memory; returns the idle block it becomes part of."""
+        """Back unmapped address space with memory; returns the idle block it becomes part of.
+
+        :class:`AllocatorError` where not all of the range is one unmapped block.
+        """
         hole = self.block_at(address)
         if hole is None or hole.mapped or hole.end < address + n_bytes:
             raise AllocatorError(f"{n_bytes} B at {address:#x} are not unmapped address space")
@@ -293,7 +299,10 @@ class CachingAllocator:
         return whole + pages
 
     def release(self, address: int, n_bytes: int) -> None:
-        """Give an idle segment, or idle pages of an expandable one, back to the driver."""
+        """Give an idle segment, or idle pages of an expandable one, back to the driver.
+
+        :class:`AllocatorError` where not all of the range is one idle block.
+        """
         block = self.block_at(address)
         if block is None or block.live or not block.mapped or block.end < address + n_bytes:
             raise AllocatorError(f"{n_bytes} B at {address:#x} are not idle and cannot go back to the driver")
@@ -359,14 +368,14 @@ class CachingAllocator:
         n_bytes = self.settings.segment_bytes(size)
         if not self._fits(n_bytes):
             return None
-        return self.add_segment(pool, self._next_address(n_bytes), n_bytes)
+        return self.add_segment(pool, self._addresses.take(n_bytes), n_bytes)
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
         page = self.settings.page_bytes(pool.is_small)
         plan = self.expansion(pool, size)
         if plan is None:
             if pool not in self._spaces:
-                self._spaces[pool] = self._next_address(EXPANDABLE_SPACE_BYTES)
+                self._spaces[pool] = self._addresses.take(EXPANDABLE_SPACE_BYTES)
             block = self.add_expandable(pool, self._spaces[pool])
             plan = block, [(block.address, -(-size // page) * page)]
         block, ranges = plan
@@ -382,15 +391,6 @@ class CachingAllocator:
 
     def _fits(self, n_bytes: int) -> bool:
         return self.capacity_bytes is None or n_bytes <= self.free_capacity_bytes
-
-    def _next_address(self, n_bytes: int) -> int:
-        goes_below = self.address_seed is not None and coin(self.address_seed, self._segments_made)
-        self._segments_made += 1
-        if goes_below:
-            self._lowest -= n_bytes
-            return self._lowest
-        self._top += n_bytes
-        return self._top - n_bytes
 
     def _release_for(self, pool: Pool, size: int) -> bool:
         """Release oversize blocks of this pool only, as many as the request needs (only with ``max_split_size_mb``)."""
@@ -448,12 +448,3 @@ class CachingAllocator:
         block.next = gone.next
         if block.next is not None:
             block.next.prev = block
-
-
-def coin(seed: int, index: int) -> bool:
-    """Toss coin number ``index`` of a seed (splitmix64, the same in every form of the allocator)."""
-    mask = (1 << 64) - 1
-    x = (seed * 0xD1342543DE82EF95 + (index + 1) * 0x9E3779B97F4A7C15) & mask
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-    return bool(x >> 63)

@@ -15,10 +15,8 @@ from glmlab.memory.allocation_trace import Request
 from glmlab.memory.curve import Curve
 from glmlab.memory.events import ALLOCATE
 from glmlab.memory.forecast import ForecastError, Run, run_workload, workload_from_fields
+from glmlab.memory.settings import SMALL_REQUEST_BYTES
 from glmlab.units import MIB, format_bytes
-
-SMALL_POOL_BYTES = MIB
-"""Largest request of the small pool."""
 
 PLATEAU_STEPS, PLATEAU_SHARE = 64, 0.1
 """A plateau of note is at least so many steps, and at least this share of all steps."""
@@ -53,7 +51,7 @@ class Growing:
     request: Request  # of one of them, at the end of the plateau
     count: int
     bytes_per_token: int
-    leaves_small_pool_at: int | None  # context length from which on it asks for more than 1 MiB; None = never or always
+    leaves_small_pool_at: int | None  # context length from which on it asks for more than 1 MiB; None = from the first
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Plateau:
             return text + ". No request grows with the context."
         for growing in self.growing:
             request = growing.request
-            pool = "small" if request.requested_bytes <= SMALL_POOL_BYTES else "large"
+            pool = "small" if request.requested_bytes <= SMALL_REQUEST_BYTES else "large"
             text += (
                 f"; {growing.count} x {request.operation} in {request.module or 'the loop'} grow by "
                 f"{growing.bytes_per_token:,} B a token and are served by idle blocks of the {pool} pool"
@@ -202,7 +200,7 @@ def _growing(run: Run, row: int) -> tuple[Growing, ...]:
             example[key],
             count,
             key[3],
-            (SMALL_POOL_BYTES - key[2]) // key[3] + 1 if key[2] < SMALL_POOL_BYTES else None,
+            (SMALL_REQUEST_BYTES - key[2]) // key[3] + 1 if key[2] < SMALL_REQUEST_BYTES else None,
         )
         for key, count in found.items()
     ]

@@ -22,6 +22,7 @@ import pandas as pd
 
 from glmlab.errors import GlmlabError
 from glmlab.memory.allocation_trace import OWNERS, WEIGHTS, AllocationTrace, Turn, load_recorded
+from glmlab.memory.blocks import SegmentView
 from glmlab.memory.curve import Curve
 from glmlab.memory.events import EMPTY_CACHE, EventProgram, Int64Array, Replay
 from glmlab.memory.replay import StepReplayer
@@ -88,7 +89,7 @@ class Run:
         is_shown[0] = True
         return np.flatnonzero(is_shown[: self.replay.rows])
 
-    def segments_after(self, row: int) -> list[Any]:
+    def segments_after(self, row: int) -> list[SegmentView]:
         """Segments with their blocks after a row of the schedule (see ``CachingAllocator.segments``)."""
         replayer = _replayer(self.trace.program, self.capacity_bytes, self.context_mib)
         replayer.run(self.schedule[: row + 1])
@@ -204,25 +205,27 @@ def _with_settings(trace: AllocationTrace, workload: Workload, capacity_bytes: i
     if trace.facts.warmup_size >= 0 and capacity_bytes is not None:
         row = sizes[trace.facts.warmup_size]
         row[0] = max(min(int(row[0]), capacity_bytes - WARM_UP_SPARES_BYTES), 0) // 2 * 2
-    ends = [
-        int(program.section_start[i + 1])
-        for i, name in enumerate(program.section_names)
-        if ("load" in workload.empty_cache and name == "load") or ("turn" in workload.empty_cache and ".end" in name)
-    ]
+    empties = np.array([_empties_cache(workload, name) for name in program.section_names])
+    ends = program.section_start[1:][empties]  # the new events go before these
+    shifted = program.section_start + np.concatenate([[0], np.cumsum(empties)])
     return AllocationTrace(
         replace(
             program,
             sizes=sizes,
             events=np.insert(program.events, ends, (EMPTY_CACHE, 0, 0), axis=0),
-            section_start=program.section_start + np.searchsorted(ends, program.section_start, side="right")
-            if ends
-            else program.section_start,
+            section_start=shifted,
         ),
         trace.facts,
         trace.labels,
         np.insert(trace.label_of_event, ends, -1),
         np.insert(trace.layer_of_event, ends, -1),
     )
+
+
+def _empties_cache(workload: Workload, section: str) -> bool:
+    """Whether the workload calls empty_cache() at the end of a section."""
+    moment = "load" if section == "load" else "turn" if ".end" in section else ""
+    return moment in workload.empty_cache
 
 
 def _replayer(

@@ -335,7 +335,7 @@ def _next_address(counters: int, size: int) -> int:
     made, seed = _get64(counters, SEGMENTS_MADE), _get64(counters, SEED)
     _set64(counters, SEGMENTS_MADE, made + 1)
     if seed != NO_SEED:
-        # The coin of glmlab.memory.allocator; unsigned, because numba promises LLVM that signed products never wrap.
+        # The coin of glmlab.memory.addresses; unsigned, because numba promises LLVM that signed products never wrap.
         x = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(made + 1) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

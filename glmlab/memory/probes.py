@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmlab.errors import GlmlabError
-from glmlab.units import MIB, mib
+from glmlab.units import mib
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +211,7 @@ def _ask_nvml(gpu: _Gpu) -> Figures:
         except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission):
             continue
         for process in listed:
-            by_pid.setdefault(process.pid, process.usedGpuMemory / MIB if process.usedGpuMemory else None)
+            by_pid.setdefault(process.pid, mib(process.usedGpuMemory) if process.usedGpuMemory else None)
     return {"total_mib": mib(memory.total), "used_mib": mib(memory.used), **_by_process(list(by_pid.items()))}
 
 

@@ -8,9 +8,7 @@ from glmlab.errors import GlmlabError
 from glmlab.units import MIB, format_bytes
 
 BLOCK_BYTES = 512  # sizes and addresses are multiples of it
-SMALL_REQUEST_BYTES = (
-    MIB  # the largest request of the small pool; also the largest rest that the large pool does not split
-)
+SMALL_REQUEST_BYTES = MIB  # largest request of the small pool, and largest rest that the large pool does not split off
 SMALL_SEGMENT_BYTES = 2 * MIB
 LARGE_SEGMENT_BYTES = 20 * MIB
 LARGE_REQUEST_BYTES = 10 * MIB  # from here on a request gets a segment of its own size
@@ -40,10 +38,13 @@ class OutOfMemory(GlmlabError):  # noqa: N818 - a forecast, not an error of this
 
 @dataclass(frozen=True)
 class AllocatorSettings:
-    """What ``PYTORCH_CUDA_ALLOC_CONF`` can change; the defaults are PyTorch's.
+    """What ``PYTORCH_CUDA_ALLOC_CONF`` can change, under its names (where "mb" is MiB); the defaults are PyTorch's.
 
     ``roundup_power2_divisions`` is one number for all sizes or a mapping from MiB (a power of two, 1 to 32768) to the
     divisions from there up to the next one named; 0 means none.
+
+    Raises:
+        AllocatorError: a size or a number of divisions that PyTorch refuses, too.
 
     Example:
         >>> AllocatorSettings().round_size(1_300_000)
@@ -63,6 +64,19 @@ class AllocatorSettings:
             raise AllocatorError(
                 f"max_split_size_mb must be over 20, is {self.max_split_size_mb}; leave it out to split all blocks"
             )
+        if self.large_segment_size_mb < LARGE_REQUEST_BYTES // MIB:
+            raise AllocatorError(
+                f"large_segment_size_mb must be 10 or over, is {self.large_segment_size_mb}: such a segment serves "
+                "requests of up to 10 MiB"
+            )
+        if self.max_non_split_rounding_mb < 0:
+            raise AllocatorError(f"max_non_split_rounding_mb must not be negative, is {self.max_non_split_rounding_mb}")
+        if isinstance(self.roundup_power2_divisions, Mapping):
+            known = {1 << i for i in range(POWER2_INTERVALS)}
+            if unknown := sorted(set(self.roundup_power2_divisions) - known):
+                raise AllocatorError(
+                    f"roundup_power2_divisions names {unknown[0]} MiB; it can name powers of two from 1 to {max(known)}"
+                )
         if any(d < 0 or d & (d - 1) for d in self.power2_divisions):
             raise AllocatorError(f"roundup_power2_divisions must be powers of two, is {self.roundup_power2_divisions}")
 

@@ -199,13 +199,14 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
 def _undisturbed() -> Iterator[None]:
     """No garbage collection (it would free at moments of its own), no chatter of libraries about meta tensors."""
     collecting, has_bars = gc.isenabled(), transformers.utils.logging.is_progress_bar_enabled()
+    disabled_level = logging.root.manager.disable
     gc.disable()
     logging.disable(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled_level)
         if has_bars:
             transformers.utils.logging.enable_progress_bar()
         if collecting:

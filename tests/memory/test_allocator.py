@@ -194,6 +194,12 @@ def test_an_expandable_segment_grows_by_pages_and_is_unmapped_by_pages() -> None
         (lambda: CachingAllocator().malloc(0), "positive sizes"),
         (lambda: AllocatorSettings(max_split_size_mb=20), "must be over 20"),
         (lambda: AllocatorSettings(roundup_power2_divisions=3), "powers of two"),
+        (
+            lambda: AllocatorSettings(roundup_power2_divisions={3: 4}),
+            "names 3 MiB; it can name powers of two from",
+        ),
+        (lambda: AllocatorSettings(large_segment_size_mb=8), "large_segment_size_mb must be 10 or over, is 8"),
+        (lambda: AllocatorSettings(max_non_split_rounding_mb=-1), "must not be negative, is -1"),
     ],
 )
 def test_what_pytorch_refuses_is_refused(action: Callable[[], object], says: str) -> None:

@@ -12,14 +12,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from glmlab.memory.allocation_trace import TraceError, Turn, load_recorded, read_trace, recorded_traces
+from glmlab.memory.allocation_trace import (
+    OWNERS,
+    AllocationTrace,
+    TraceError,
+    TraceFacts,
+    Turn,
+    load_recorded,
+    read_trace,
+    recorded_traces,
+)
 from glmlab.memory.comparison import ComparisonError, compare, compare_recording, read_log
 from glmlab.memory.curve import Curve, CurveError, read_curve
+from glmlab.memory.events import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
 from glmlab.memory.explanation import explain
 from glmlab.memory.forecast import (
     ASSUMED_CONTEXT_MIB,
     COMPONENTS,
     ForecastError,
+    _with_settings,
     forecast,
     largest_context,
     run_workload,
@@ -112,6 +123,28 @@ def test_components_add_up_to_used(empty_cache: Any) -> None:
     assert (table[list(COMPONENTS)] >= 0).all().all()
     total = table[["allocated_mib", "idle_small_mib", "idle_large_mib"]].sum(axis=1)
     assert (total == table["reserved_mib"]).all()
+
+
+def test_empty_cache_is_called_at_the_end_of_its_sections_even_of_empty_ones() -> None:
+    program = EventProgram(
+        events=[(ALLOCATE, 0, 0), (ALLOCATE, 0, 0), (FREE, 1, 0)],
+        sizes=[(512, 0, 0, 0, 0)],
+        section_names=("load", "first.prefill", "first.end1", "later.end1"),
+        section_start=[0, 1, 2, 2, 3],
+        owners=OWNERS,
+    )
+    events = np.array([0, 0, -1], np.int32)
+    trace = AllocationTrace(program, TraceFacts("m", "fp16", 1, 0), [("new", "")], events, events)
+    workload = Workload.recorded(TRACE, turns="8:1", empty_cache=("load", "turn"))
+    changed = _with_settings(trace, workload, None)
+    modes = {name: changed.program.events_of(name)[:, 0].tolist() for name in program.section_names}
+    assert modes == {
+        "load": [ALLOCATE, EMPTY_CACHE],
+        "first.prefill": [ALLOCATE],
+        "first.end1": [EMPTY_CACHE],
+        "later.end1": [FREE, EMPTY_CACHE],
+    }
+    assert changed.label_of_event.tolist() == [0, -1, 0, -1, -1, -1]
 
 
 def test_empty_cache_after_loading_gives_idle_segments_back(chapter: Curve) -> None:
