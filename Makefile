@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install notebooks test lint format refresh lab doctor bench embedded-model clean
+.PHONY: help install notebooks test lint format refresh lab doctor bench gpu-evidence embedded-model clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ doctor: $(INSTALLED)  ## say what works on this machine
 
 bench: $(INSTALLED)  ## print what the suite's own code costs, as ratios; build/bench.json keeps them
 	$(BIN)/glmlab bench
+
+gpu-evidence: $(INSTALLED)  ## on a machine with an NVIDIA GPU: record what forecasts are held against (20 minutes, goes on when called again)
+	$(BIN)/glmlab evidence
 
 embedded-model: $(INSTALLED)  ## train the embedded model anew (30 minutes on two cores)
 	$(BIN)/python data/tiny-chatglm3/recipe/train.py

@@ -233,6 +233,36 @@ def compare(
 
 
 @app.command()
+def evidence(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="parts of runs' names, such as int4 or 'snapshot-*'; default: all")
+    ] = None,
+    show: Annotated[bool, typer.Option("--list", help="show the runs and do none")] = False,
+    minutes: Annotated[float, typer.Option(help="no run starts later than this; what is left is said")] = 20.0,
+    data: Annotated[Path, typer.Option(help="the folder that keeps recordings/ and snapshots/")] = Path("data"),
+) -> None:
+    """Record on this machine's GPU what forecasts are held against; finished runs are skipped."""
+    from glmlab.evidence.plan import EvidenceError, choose
+
+    runs = choose(names or [])
+    if show:
+        typer.echo("\n".join(map(str, runs)))
+        return
+
+    from glmlab.evidence.runner import gather, gpu_of_this_machine
+
+    counts: dict[str, int] = {}
+    for outcome in gather(runs, data, Path("build/evidence"), gpu_of_this_machine(), budget_s=60 * minutes):
+        typer.echo(str(outcome))
+        counts[outcome.status] = counts.get(outcome.status, 0) + 1
+    typer.echo(", ".join(f"{n} {status}" for status, n in counts.items()))
+    if counts.get("left"):
+        typer.echo("The time is up; the same command goes on with what is left.")
+    if counts.get("failed"):
+        raise EvidenceError(f"{counts['failed']} runs failed; their own words stand above.")
+
+
+@app.command()
 def notebooks(
     names: Annotated[
         list[str] | None, typer.Argument(help="beginnings of file names, such as 04; default: all")

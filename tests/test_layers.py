@@ -15,7 +15,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("generation",),
     ("memory",),
     ("structure", "figures", "stepper"),
-    ("notebooks", "doctor", "bench"),
+    ("notebooks", "doctor", "bench", "evidence"),
     ("cli",),
     ("__main__",),
 )

@@ -36,6 +36,7 @@ import numpy.typing as npt
 from glmlab.errors import GlmlabError
 from glmlab.memory.events import ALLOCATE, EventProgram, EventProgramError, Int64Array
 from glmlab.resources import data_path
+from glmlab.units import MIB, format_bytes
 
 FORMAT = 1
 """Version of the file format; a file of another version is refused."""
@@ -55,6 +56,9 @@ OWNERS = (
 
 WARM_UP = "loader's warm-up block"
 """Operation of the block that transformers asks for before it loads the first tensor."""
+
+MOST_BYTES = 64 * MIB
+"""Most that the arrays of a trace file may have together; the largest known has 2 MiB."""
 
 STEP_NAMES = ("prefill", "step2", "step3")
 STEADY = "steady"
@@ -231,6 +235,9 @@ def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
     source = Path(path)
     try:
         with source.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            n_bytes = sum(member.file_size for member in archive.zip.infolist())
+            if n_bytes > MOST_BYTES:
+                raise ValueError(f"its arrays say that they have {format_bytes(n_bytes)}, which no trace has")
             arrays = {name: archive[name] for name in archive.files}
         if int(arrays["format"]) != FORMAT:
             raise TraceError(

@@ -229,10 +229,16 @@ def workload_of(recording: Curve) -> Workload:
     workload = Workload.of(
         str(notes["model"]), turns=turns, precision=str(notes["precision"]), attention=str(notes["attention"])
     )
-    for gpu in notes.get("gpus") or ():
+    gpus = notes.get("gpus") or []
+    if not isinstance(gpus, list) or not all(isinstance(gpu, dict | str) for gpu in gpus):
+        raise ComparisonError(
+            f"{recording.label}: the recording's gpus are {gpus!r}, not a list of names. Mend its .json, or give the "
+            "workload."
+        )
+    for gpu in gpus:
         try:
-            card = find_card(str(gpu["name"] if isinstance(gpu, dict) else gpu))
-        except (WorkloadError, KeyError):
+            card = find_card(str(gpu.get("name") if isinstance(gpu, dict) else gpu))
+        except WorkloadError:
             continue
         return replace(workload, architecture=card.architecture)
     return workload

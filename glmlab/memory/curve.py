@@ -47,6 +47,9 @@ Kind = Literal["measured", "forecast", "reported"]
 
 REQUIRED_COLUMNS = ("step", "turn")
 CONTEXT_COLUMNS = ("context_tokens", "context_characters")
+SIDE_FILES = (".json", ".transcript.jsonl")
+"""Suffixes of the files beside a recording's CSV (``recording.py`` tells what they hold)."""
+
 _MOST_GPUS = 2**16
 
 
@@ -189,12 +192,12 @@ def read_curve_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader finds the old one or the whole new one, also after a crash."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file (text in UTF-8) so that a reader finds the old one or the whole new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as handle:
-            handle.write(text)
+        with temporary.open("wb") as handle:
+            handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

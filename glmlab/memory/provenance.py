@@ -20,19 +20,9 @@ def chat_provenance(
 ) -> dict[str, Any]:
     """Model, settings, machine and versions of a recorded chat, as JSON can hold them; no path of this machine."""
     report = session.loaded.report
-    provenance: dict[str, Any] = {
+    return {
         "status": "running",
-        "date": _today(),
-        "model": _public_name(report.name),
-        "load_path": _load_path(report),
-        "precision": report.precision,
-        "dtype": report.dtype,
-        "attention": report.attention,
-        "device": report.device,
-        "parameters": report.parameters,
-        "weight_bytes": report.bytes_by_component,
-        "load_s": microseconds(report.seconds),
-        "tokenizer": report.tokenizer,
+        **run_provenance(report, probe),
         "sampling": _sampling(session),
         "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
         if report.weights == "random"
@@ -46,6 +36,39 @@ def chat_provenance(
             "turns": len(conversation.turns),
             "sha256": conversation.sha256,
         },
+        "resumptions": [],
+    }
+
+
+def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
+    """What a measured run says of itself, whatever is measured; plain types, no path of this machine.
+
+    Args:
+        report: of the model that runs.
+        probe: of the devices that it lies on.
+
+    Raises:
+        ProbeError: the driver does not answer.
+
+    Example:
+        >>> from glmlab import load_model
+        >>> report = load_model("embedded", precision="fp32", device="cpu").report
+        >>> run_provenance(report, MemoryProbe("cpu"))["load_path"]
+        'checkpoint -> ChatGLM3ForCausalLM on CPU'
+    """
+    provenance: dict[str, Any] = {
+        "date": _today(),
+        "model": _public_name(report.name),
+        "load_path": _load_path(report),
+        "weights": report.weights,
+        "precision": report.precision,
+        "dtype": report.dtype,
+        "attention": report.attention,
+        "device": report.device,
+        "parameters": report.parameters,
+        "weight_bytes": report.bytes_by_component,
+        "load_s": microseconds(report.seconds),
+        "tokenizer": report.tokenizer,
         "gpus": probe.gpus,
         "driver": probe.driver,
         "versions": {
@@ -54,7 +77,6 @@ def chat_provenance(
             **report.versions,
         },
         "os": _operating_system(),
-        "resumptions": [],
     }
     if probe.driver is not None:
         import torch

@@ -19,7 +19,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from io import StringIO
 from pathlib import Path
@@ -76,6 +76,7 @@ def record(
     every_token: bool = False,
     resume: bool = False,
     probe: MemoryProbe | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Curve:
     """Chat through a conversation and record the memory after loading and after every turn.
 
@@ -89,6 +90,7 @@ def record(
         every_token: a row for every token instead of every turn.
         resume: continue a recording that was killed or stopped, from its last finished turn.
         probe: where to read the memory; by default every device that the model lies on.
+        notes: what the provenance shall say beside what it says of itself; plain types.
 
     Returns:
         The recording, as :func:`~glmlab.memory.curve.read_curve` reads it.
@@ -98,7 +100,16 @@ def record(
             with another model or conversation, the context is full, or the driver went away.
     """
     session = ChatSession(loaded, generation_config=GenerationConfig(do_sample=False))
-    with Recorder(session, path, conversation=conversation, every_token=every_token, resume=resume, probe=probe) as run:
+    recorder = Recorder(
+        session,
+        path,
+        conversation=conversation,
+        every_token=every_token,
+        resume=resume,
+        probe=probe,
+        notes=notes,
+    )
+    with recorder as run:
         done = run.turns
         with tqdm(total=len(conversation.turns), initial=done, unit="turn", desc=f"recording {run.path.stem}") as bar:
             for question in conversation.turns[done:]:
@@ -119,6 +130,7 @@ class Recorder:
         every_token: a row for every token instead of every turn.
         resume: continue the recording in ``path``; the session takes up its turns.
         probe: where to read the memory; by default every device that the model lies on.
+        notes: what the provenance shall say beside what it says of itself; plain types.
 
     Raises:
         RecordingError: as :func:`record`.
@@ -133,6 +145,7 @@ class Recorder:
         every_token: bool = False,
         resume: bool = False,
         probe: MemoryProbe | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = csv_file(path)
         """The CSV file."""
@@ -143,7 +156,10 @@ class Recorder:
         self._conversation = conversation
         self._probe = probe or MemoryProbe.for_model(session.loaded.model)
         self._step = 0
-        self._provenance = chat_provenance(session, self._probe, conversation, every_token)
+        self._provenance = {
+            **chat_provenance(session, self._probe, conversation, every_token),
+            **(notes or {}),
+        }
         with ExitStack() as files:
             self._csv = files.enter_context(open_locked(self.path, resume=resume))
             self._transcript = files.enter_context(open_transcript(self._transcript_path))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from glmlab.errors import GlmlabError
+from glmlab.memory.curve import SIDE_FILES
 
 
 class RecordingError(GlmlabError):
@@ -18,7 +19,7 @@ def open_locked(path: Path, *, resume: bool) -> BinaryIO:
     Raises:
         RecordingError: it is there already, or with ``resume`` is not; it cannot be written; another run writes it.
     """
-    if not resume and any(path.with_suffix(suffix).exists() for suffix in (".csv", ".json", ".transcript.jsonl")):
+    if not resume and any(path.with_suffix(suffix).exists() for suffix in (".csv", *SIDE_FILES)):
         raise RecordingError(
             f"{path} (or a file beside it) is there already, and a recording never overwrites one. Name another file, "
             "or continue this recording with --resume (resume=True)."

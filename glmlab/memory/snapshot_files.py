@@ -1,27 +1,18 @@
-"""Memory snapshots of real GPUs (``torch.cuda.memory._dump_snapshot``), read without running code.
+"""Memory snapshots of real GPUs (``torch.cuda.memory._dump_snapshot``, whole or stripped), read without running code.
 
 A snapshot recorded with history holds the segments at its end and a list of events before it: allocations with the
 address that PyTorch chose, frees, and every segment taken from or given back to the driver.
 """
 
-import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from glmlab.errors import GlmlabError
 from glmlab.memory.settings import DEFAULT_POOL, SMALL_SEGMENT_BYTES, AllocatorError, AllocatorSettings
+from glmlab.memory.snapshot_loading import RECORD_HINT, SnapshotError, WrongShapeError, load_plain
+from glmlab.memory.snapshot_stripping import is_stripped, unpacked
 from glmlab.units import MIB
-
-RECORD_HINT = (
-    "record one with torch.cuda.memory._record_memory_history(), run the program, then "
-    "torch.cuda.memory._dump_snapshot('snapshot.pickle')"
-)
-
-
-class SnapshotError(GlmlabError):
-    """A file that is no memory snapshot, or none that can be replayed: says what is missing and how to record it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +39,19 @@ class SegmentRecord:
 
 @dataclass(frozen=True)
 class Event:
-    """One entry of the history; ``pool_id`` is None where the entry does not tell it."""
+    """One entry of the history; ``pool_id`` is None where the entry does not tell it.
+
+    ``operation`` and ``note`` are told by stripped snapshots only: who asked (see ``snapshot_stripping.operation_of``),
+    and the text that the program had set with ``torch.cuda.memory._set_memory_metadata``.
+    """
 
     action: str
     address: int
     size: int
     stream: int
     pool_id: tuple[int, int] | None
+    operation: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,6 +70,7 @@ class Snapshot:
     devices: tuple[DeviceHistory, ...]
     settings: AllocatorSettings | None
     has_garbage_collection: bool
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of a stripped snapshot
 
 
 def read_snapshot(path: str | Path) -> Snapshot:
@@ -82,51 +80,17 @@ def read_snapshot(path: str | Path) -> Snapshot:
     without history.
     """
     path = Path(path)
-    raw = _load(path)
+    raw = load_plain(path)
     if isinstance(raw, list):
         raise SnapshotError(f"{path} holds segments without history (torch.cuda.memory_snapshot()); {RECORD_HINT}.")
     if not isinstance(raw, dict) or "segments" not in raw:
         raise SnapshotError(f"{path} is not a snapshot of torch.cuda.memory: it has no 'segments'; {RECORD_HINT}.")
     try:
-        return _parse(raw)
-    except _WrongShapeError as error:
+        return _parse(unpacked(raw) if is_stripped(raw) else raw)
+    except WrongShapeError as error:
         raise SnapshotError(f"{path} is not a snapshot of torch.cuda.memory that can be read: {error}.") from None
     except SnapshotError as error:
         raise SnapshotError(f"{path}: {error}") from None
-
-
-class _RefusingUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists, tuples and dicts; refuses everything that names code."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
-        raise SnapshotError(
-            f"the pickle wants to load {module_name}.{global_name}, which a memory snapshot never does: it could run "
-            "code and was not read further. Get the file from a source you trust"
-        )
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        raise SnapshotError(f"the pickle refers to an object outside itself ({pid!r}), which a snapshot never does")
-
-
-def _load(path: Path) -> Any:
-    try:
-        if not path.is_file():
-            raise SnapshotError(f"{path} is not there, or not a file; {RECORD_HINT}")
-        with path.open("rb") as file:
-            return _RefusingUnpickler(file).load()
-    except SnapshotError as error:
-        raise SnapshotError(f"{path}: {error}.") from None
-    except OSError as error:
-        raise SnapshotError(f"{path} cannot be read: {error.strerror}.") from None
-    except EOFError:
-        raise SnapshotError(f"{path} is truncated: the pickle ends too early. Copy or record it again.") from None
-    except Exception as error:  # the unpickler raises almost anything for bytes that are no pickle
-        mend = "It may be truncated: copy or record it again" if "truncated" in str(error) else RECORD_HINT
-        raise SnapshotError(f"{path} is not a pickle that can be read ({error}): {mend}.") from None
-
-
-class _WrongShapeError(Exception):
-    """Something in the snapshot has not the type it must have."""
 
 
 def _parse(raw: dict[Any, Any]) -> Snapshot:
@@ -148,9 +112,12 @@ def _parse(raw: dict[Any, Any]) -> Snapshot:
         )
     settings = raw.get("allocator_settings")
     if settings is not None and not isinstance(settings, dict):
-        raise _WrongShapeError("'allocator_settings' is not a dict")
+        raise WrongShapeError("'allocator_settings' is not a dict")
     collects = bool((settings or {}).get("garbage_collection_threshold", 0))
-    return Snapshot(tuple(devices), None if settings is None else _settings(settings), collects)
+    provenance = raw.get("provenance") or {}
+    if not isinstance(provenance, dict):
+        raise WrongShapeError("'provenance' is not a dict")
+    return Snapshot(tuple(devices), None if settings is None else _settings(settings), collects, provenance)
 
 
 def _segment(entry: Any, where: str) -> SegmentRecord:
@@ -164,7 +131,7 @@ def _segment(entry: Any, where: str) -> SegmentRecord:
             live.append(LiveBlock(at, block_size, _int(block, "requested_size", block_where, block_size)))
         at += block_size
     if at != address + size:
-        raise _WrongShapeError(f"the blocks of {where} add up to {at - address} B, the segment has {size} B")
+        raise WrongShapeError(f"the blocks of {where} add up to {at - address} B, the segment has {size} B")
     return SegmentRecord(
         address,
         size,
@@ -178,15 +145,17 @@ def _segment(entry: Any, where: str) -> SegmentRecord:
 
 def _event(entry: Any, where: str) -> Event:
     if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
-        raise _WrongShapeError(f"{where} has no 'action'")
+        raise WrongShapeError(f"{where} has no 'action'")
     if _int(entry, "size", where, 0) < 0:
-        raise _WrongShapeError(f"{where} has a negative size")
+        raise WrongShapeError(f"{where} has a negative size")
     return Event(
         entry["action"],
         _int(entry, "addr", where, 0),
         _int(entry, "size", where, 0),
         _int(entry, "stream", where, 0),
         _pool_id(entry, where),
+        str(entry.get("operation", "")),
+        str(entry.get("note", "")),
     )
 
 
@@ -196,7 +165,7 @@ def _pool_id(entry: Mapping[Any, Any], where: str) -> tuple[int, int] | None:
         return None
     if isinstance(pool_id, Sequence) and len(pool_id) == 2 and all(isinstance(part, int) for part in pool_id):
         return int(pool_id[0]), int(pool_id[1])
-    raise _WrongShapeError(f"{where} has the pool id {pool_id!r}, not a pair of numbers")
+    raise WrongShapeError(f"{where} has the pool id {pool_id!r}, not a pair of numbers")
 
 
 def _settings(raw: Mapping[Any, Any]) -> AllocatorSettings:
@@ -216,17 +185,17 @@ def _settings(raw: Mapping[Any, Any]) -> AllocatorSettings:
             large_segment_size_mb=int(conf.get("large_segment_size_mb", 20)),
         )
     except (ValueError, TypeError, AllocatorError) as error:
-        raise _WrongShapeError(f"'allocator_settings' cannot be understood ({error})") from None
+        raise WrongShapeError(f"'allocator_settings' cannot be understood ({error})") from None
 
 
 def _list(value: Any, name: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
-        raise _WrongShapeError(f"{name} is not a list")
+        raise WrongShapeError(f"{name} is not a list")
     return value
 
 
 def _int(entry: Any, key: str, where: str, default: int | None = None) -> int:
     value = entry.get(key, default) if isinstance(entry, dict) else None
     if not isinstance(value, int):
-        raise _WrongShapeError(f"{where} has no number {key!r}")
+        raise WrongShapeError(f"{where} has no number {key!r}")
     return value

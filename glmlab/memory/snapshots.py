@@ -23,9 +23,9 @@ from glmlab.memory.snapshot_files import (
     Event,
     SegmentRecord,
     Snapshot,
-    SnapshotError,
     read_snapshot,
 )
+from glmlab.memory.snapshot_loading import SnapshotError
 from glmlab.memory.snapshot_report import DeviceReport, ReplayReport
 from glmlab.memory.snapshot_start import Owner, StartState, state_before
 from glmlab.units import format_bytes

@@ -148,6 +148,7 @@ def load_model(
     precision: str = "auto",
     device: str = "auto",
     weights: Weights = "checkpoint",
+    attention: str | None = None,
     compile: bool = False,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -159,6 +160,7 @@ def load_model(
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", …
         weights: "checkpoint", or "random": built from the config alone, straight on the device in the asked precision.
             Memory does not depend on the values, so this measures a model without downloading it.
+        attention: "sdpa" or "eager"; without it, what the config says, else sdpa.
         compile: let torch.compile make decode steps faster; ``decode_steps`` and ``ChatSession`` then keep keys and
             values in a StaticCache. Costs up to a minute the first time, some seconds later on; the tokens are those of
             eager mode. Where it cannot be done a CompileWarning says why, and so does the report.
@@ -169,8 +171,8 @@ def load_model(
         tokenizer of the model on this machine, the embedded model's tokenizer stands in; the report says so.
 
     Raises:
-        LoadError: unknown precision or device, no GPU, dimensions that int4 cannot take, too little free memory,
-            tensors of the checkpoint that are missing, unexpected or mis-shaped.
+        LoadError: unknown precision, device or attention, no GPU, dimensions that int4 cannot take, too little free
+            memory, tensors of the checkpoint that are missing, unexpected or mis-shaped.
         CheckpointError: the checkpoint folder or hub id cannot be used.
         ArchitectureError: another architecture under ChatGLM3's model type.
 
@@ -185,10 +187,14 @@ def load_model(
         raise LoadError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
     if precision not in (*PRECISIONS, "auto"):
         raise LoadError(f"precision={precision!r} is not known. Use one of {', '.join(PRECISIONS)}, or auto.")
+    if attention not in _ATTENTIONS:
+        raise LoadError(f"attention={attention!r} is not known. Use 'sdpa' or 'eager'.")
     target = _device(device)
     folder = find_checkpoint(name) if weights == "checkpoint" else None
     config_file = folder / "config.json" if folder else find_config(name)
     config = load_config(config_file)
+    if attention is not None:
+        config._attn_implementation = attention
     skeleton = build_skeleton(config)
     precision = _choose_precision(name, skeleton, precision, target)
     dtype = _dtype(config, precision, target)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 from glmlab.memory.allocation_trace import (
+    MOST_BYTES,
     OWNERS,
     AllocationTrace,
     TraceError,
@@ -22,7 +24,7 @@ from glmlab.memory.allocation_trace import (
     read_trace,
     recorded_traces,
 )
-from glmlab.memory.comparison import ComparisonError, compare, compare_recording, read_log
+from glmlab.memory.comparison import ComparisonError, compare, compare_recording, read_log, workload_of
 from glmlab.memory.curve import Curve, CurveError, read_curve
 from glmlab.memory.events import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
 from glmlab.memory.explanation import explain
@@ -341,6 +343,16 @@ def test_hand_edited_traces_are_refused(tmp_path: Path) -> None:
             read_trace(path).schedule([Turn(8, 3)])
 
 
+def test_a_trace_that_unpacks_to_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = load_recorded(TRACE).save(tmp_path / "bomb.npz")
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open("events2.npy", "w") as member:
+        for _ in range(MOST_BYTES // MIB):
+            member.write(bytes(MIB))
+    assert path.stat().st_size < MIB
+    with pytest.raises(TraceError, match=r"its arrays say that they have 64\.\d+ MiB, which no trace has"):
+        read_trace(path)
+
+
 def test_unknown_recorded_traces_are_named() -> None:
     assert TRACE in recorded_traces()
     with pytest.raises(TraceError, match=f"no recorded trace 'other'. There is: {TRACE}"):
@@ -415,3 +427,15 @@ def test_recordings_that_cannot_be_compared() -> None:
     wrong = replace(Curve(used, label="a GPU"))
     with pytest.raises(ComparisonError, match="no row of the recording"):
         compare_recording(wrong, Workload.recorded(TRACE, turns="20:5"))
+
+
+@pytest.mark.parametrize("gpus", [5, "RTX 4060", [5], [["RTX 4060"]], {"name": "RTX 4060"}])
+def test_a_recording_whose_gpus_are_no_list_of_names_is_refused(gpus: object) -> None:
+    table = pd.DataFrame(
+        {"step": [9], "turn": [1], "context_tokens": [16], "prompt_tokens": [8], "generated_tokens": [9], "used_mib": 9}
+    )
+    notes = {"model": "chatglm3-6b", "precision": "fp16", "attention": "sdpa", "gpus": gpus}
+    with pytest.raises(ComparisonError, match=r"a GPU: the recording's gpus are .*, not a list of names\. Mend its"):
+        workload_of(Curve(table, notes, label="a GPU"))
+    known = workload_of(Curve(table, {**notes, "gpus": [{"index": 0}, "NVIDIA H200"]}, label="a GPU"))
+    assert known.architecture == "hopper"

@@ -1,120 +1,27 @@
 """Snapshots: real ones replay with every address equal; made-up ones cover settings, streams and cut histories."""
 
+import gzip
 import io
 import os
 import pickle
 import random
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recorded_device import RecordedDevice
 
-from glmlab.memory.allocator import Block, CachingAllocator, Pool
-from glmlab.memory.settings import DEFAULT_POOL, AllocatorSettings, OutOfMemory
+from glmlab.memory import snapshot_loading
+from glmlab.memory.settings import DEFAULT_POOL, AllocatorSettings
+from glmlab.memory.snapshot_loading import to_json_gz
+from glmlab.memory.snapshot_stripping import MOST_FILE_BYTES, save_stripped, strip, strip_file
 from glmlab.memory.snapshots import ReplayReport, SnapshotError, read_snapshot, replay_snapshot
 from glmlab.units import MIB
 
 FIRST_PRIVATE = (0, 7)
-
-
-class RecordedDevice(CachingAllocator):
-    """An allocator that keeps a history as torch.cuda.memory does."""
-
-    def __init__(
-        self, settings: AllocatorSettings | None = None, capacity_bytes: int | None = None, seed: int = 1
-    ) -> None:
-        super().__init__(settings, capacity_bytes=capacity_bytes, address_seed=seed)
-        self.history: list[dict[str, Any]] = []
-        self.requested: dict[int, int] = {}
-        self.current_pool = DEFAULT_POOL
-
-    def record(self, action: str, address: int, size: int, stream: int) -> None:
-        self.history.append({"action": action, "addr": address, "size": size, "stream": stream, "frames": []})
-
-    def pool(self, size: int, stream: int = 0, pool_id: tuple[int, int] = DEFAULT_POOL) -> Pool:
-        return super().pool(size, stream, self.current_pool if pool_id == DEFAULT_POOL else pool_id)
-
-    def add_segment(self, pool: Pool, address: int, size: int) -> Block:
-        self.record("segment_alloc", address, size, pool.stream)
-        return super().add_segment(pool, address, size)
-
-    def map(self, address: int, n_bytes: int) -> Block:
-        block = super().map(address, n_bytes)
-        self.record("segment_map", address, n_bytes, block.pool.stream)
-        return block
-
-    def release(self, address: int, n_bytes: int) -> None:
-        block = self.block_at(address)
-        assert block is not None
-        self.record("segment_unmap" if block.is_expandable else "segment_free", address, n_bytes, block.pool.stream)
-        super().release(address, n_bytes)
-
-    def malloc(self, n_bytes: int, stream: int = 0, *, owner: int = 0) -> Block:
-        block = super().malloc(n_bytes, stream)
-        self.requested[block.address] = n_bytes
-        self.record("alloc", block.address, n_bytes, stream)
-        return block
-
-    def free(self, block: Block) -> None:
-        for action in ("free_requested", "free_completed"):
-            self.record(action, block.address, self.requested[block.address], block.pool.stream)
-        super().free(block)
-
-    def run(self, seed: int, n_events: int, sizes: Callable[[random.Random], int], streams: int = 1) -> None:
-        """Allocate and free at random, with an empty_cache() now and then."""
-        choose = random.Random(seed)
-        live: list[Block] = []
-        for _ in range(n_events):
-            kind = choose.random()
-            if kind < 0.01:
-                self.empty_cache()
-            elif kind < 0.5 and live:
-                self.free(live.pop(choose.randrange(len(live))))
-            else:
-                try:
-                    live.append(self.malloc(sizes(choose), stream=choose.randrange(streams) * 4096))
-                except OutOfMemory as error:
-                    self.history.append({"action": "oom", "device_free": error.free, "size": error.tried, "stream": 0})
-
-    def snapshot(self, cut: int = 0, with_settings: bool = True) -> dict[str, Any]:
-        segments = []
-        for view in self.segments():
-            head = self.block_at(view.address)
-            assert head is not None
-            segments.append(
-                {
-                    "device": 0,
-                    "address": view.address,
-                    "total_size": view.size,
-                    "stream": view.stream,
-                    "segment_type": view.pool,
-                    "segment_pool_id": head.pool.pool_id,
-                    "is_expandable": head.is_expandable,
-                    "frames": [],
-                    "blocks": [
-                        {
-                            "address": block.address,
-                            "size": block.size,
-                            "requested_size": self.requested[block.address] if block.live else 0,
-                            "state": "active_allocated" if block.live else "inactive",
-                        }
-                        for block in view.blocks
-                    ],
-                }
-            )
-        made: dict[str, Any] = {"segments": segments, "device_traces": [self.history[cut:]]}
-        if with_settings:
-            chosen = self.settings
-            made["allocator_settings"] = {
-                "PYTORCH_CUDA_ALLOC_CONF": f"large_segment_size_mb:{chosen.large_segment_size_mb}",
-                "max_split_size": -1 if chosen.max_split_size_mb is None else chosen.max_split_size_mb * MIB,
-                "garbage_collection_threshold": 0.0,
-                "expandable_segments": chosen.expandable_segments,
-                "roundup_power2_divisions": {str(1 << i): d for i, d in enumerate(chosen.power2_divisions)},
-            }
-        return made
 
 
 def replay(tmp_path: Path, snapshot: Any) -> ReplayReport:
@@ -318,6 +225,78 @@ def test_a_history_with_gaps_gives_a_report_not_a_crash(tmp_path: Path, seed: in
     assert 0 < report.devices[0].equal_addresses <= report.devices[0].allocations
 
 
+# -- stripped snapshots ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.pickle", "b.pickle", "c.pickle"])
+def test_a_stripped_real_snapshot_replays_to_the_same_report_and_holds_no_path(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    source = shared_data / "gpu-snapshots" / name
+    assert re.search(rb"/(home|oscar|scratch)/", source.read_bytes())
+
+    file = strip_file(source, tmp_path / "stripped.json.gz", {"gpu": "unknown"})
+
+    assert file.stat().st_size < MOST_FILE_BYTES / 10
+    text = gzip.decompress(file.read_bytes()).decode()
+    assert not re.search(r"[/\\~]|\.py|@", text)
+    snapshot = read_snapshot(file)
+    assert replay_snapshot(snapshot).as_dict() == replay_snapshot(read_snapshot(source)).as_dict()
+    assert snapshot.provenance == {"gpu": "unknown"}
+    operations = {event.operation for event in snapshot.devices[0].events if event.action == "alloc"}
+    assert len(operations) > 5
+    assert any("empty" in operation or "mul_Tensor" in operation for operation in operations)
+
+
+@pytest.mark.parametrize("chosen", MADE_UP, ids=range(len(MADE_UP)))
+def test_a_stripped_history_replays_equal_under_every_setting(tmp_path: Path, chosen: AllocatorSettings) -> None:
+    device = RecordedDevice(chosen, 400 * MIB)
+    device.run(3, 700, mixed_sizes, streams=2)
+    file = save_stripped(strip(device.snapshot(), {}), tmp_path / "stripped.json.gz")
+    again = save_stripped(strip(device.snapshot(), {}), tmp_path / "again.json.gz")
+    report = replay_snapshot(read_snapshot(file))
+    assert report.as_dict() == replay(tmp_path, device.snapshot()).as_dict()
+    assert report.is_equal
+    assert file.read_bytes() == again.read_bytes()
+
+
+def test_notes_that_could_be_a_path_are_left_out(tmp_path: Path) -> None:
+    device = RecordedDevice()
+    for note in ("3|model.layers.0.mlp", "/home/somebody", "C:\\Users\\x", "a@b", "x" * 300):
+        device.note = note
+        device.malloc(600)
+    snapshot = read_snapshot(save_stripped(strip(device.snapshot(), {}), tmp_path / "notes.json.gz"))
+    notes = [event.note for event in snapshot.devices[0].events if event.action == "alloc"]
+    assert notes == ["3|model.layers.0.mlp", "", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s["segments"][0].update(segment_type="/home/somebody"), "no plain word"),
+        (lambda s: s["device_traces"][0][0].update(action="a/b"), "no plain word"),
+        (lambda s: s["device_traces"][0].append(7), "no snapshot of torch.cuda.memory"),
+        (lambda s: s.pop("segments"), "no snapshot of torch.cuda.memory"),
+    ],
+)
+def test_what_is_no_snapshot_is_not_stripped(change: Callable[[dict[str, Any]], Any], says: str) -> None:
+    snapshot = whole_snapshot()
+    change(snapshot)
+    with pytest.raises(SnapshotError, match=says):
+        strip(snapshot, {})
+
+
+def test_a_stripped_snapshot_too_large_to_be_kept_is_refused(tmp_path: Path) -> None:
+    device = RecordedDevice()
+    choose = random.Random(0)
+    for _ in range(4000):
+        device.malloc(choose.randint(1, MIB))
+    document = strip(device.snapshot(), {"noise": [choose.random() for _ in range(300_000)]})
+    with pytest.raises(SnapshotError, match="more than 1.91 MiB. Record fewer steps"):
+        save_stripped(document, tmp_path / "large.json.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
 # -- files that are no snapshots ---------------------------------------------------------------------------------------
 
 
@@ -346,10 +325,21 @@ def whole_snapshot() -> dict[str, Any]:
     return device.snapshot()
 
 
+def with_memo_index(index: int) -> bytes:
+    """A list that is memoised at a place far away: CPython's table grows to it."""
+    return b"\x80\x02]r" + index.to_bytes(4, "little") + b"."
+
+
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
     snapshot = whole_snapshot()
     change(snapshot)
     return pickle.dumps(snapshot)
+
+
+def stripped(change: Callable[[dict[str, Any]], Any]) -> bytes:
+    document = strip(whole_snapshot(), {})
+    change(document)
+    return to_json_gz(document)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +348,18 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (b"", "truncated"),
         (b"no pickle at all", "not a pickle"),
         (pickle.dumps(whole_snapshot())[:-200], "truncated"),
+        (with_memo_index(2**31 - 1), "place 2,147,483,647 of its memo after 2 steps"),
+        (b"(dp1000000000\n.", "place 1,000,000,000 of its memo after 2 steps"),
+        (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"}.", "truncated: the pickle says that 4,611,686,018"),
+        (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.", "bytearray8.*may be truncated"),
+        (gzip.compress(b"no json"), "gzip, but no JSON"),
+        (gzip.compress(b"{}")[:-4], "truncated: the compressed data end too early"),
+        (stripped(lambda d: d.update(format="glmlab stripped snapshot 99")), "this version reads 'glmlab stripped"),
+        (stripped(lambda d: d.update(device_traces=[[]])), "not a list of columns"),
+        (stripped(lambda d: d["device_traces"][0]["size"].pop()), "columns of its events do not fit together"),
+        (stripped(lambda d: d["device_traces"][0]["labels"].clear()), "columns of its events do not fit together"),
+        (stripped(lambda d: d["device_traces"][0].pop("addr")), "columns of its events do not fit together"),
+        (stripped(lambda d: d.update(provenance=[1])), "'provenance' is not a dict"),
         (pickle.dumps({"segments": RunsCode()}), r"wants to load (posix|nt)\.system"),
         (persistent(), "refers to an object outside"),
         (pickle.dumps([{"address": 1}]), "without history"),
@@ -374,6 +376,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
         (changed(lambda s: s["allocator_settings"].update(max_split_size=MIB)), "must be over 20"),
         (changed(lambda s: s.update(allocator_settings=[])), "'allocator_settings' is not a dict"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "file.pickle"
@@ -382,6 +385,18 @@ def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path, content: 
         replay_snapshot(read_snapshot(path))
     assert str(path) in str(caught.value)
     assert not MARKER.exists()
+
+
+def test_a_file_that_unpacks_to_more_than_any_snapshot_is_refused_before_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_stripped(strip(whole_snapshot(), {}), tmp_path / "snapshot.json.gz")
+    n_bytes = len(gzip.decompress(path.read_bytes()))
+    monkeypatch.setattr(snapshot_loading, "MOST_UNPACKED_BYTES", n_bytes)
+    read_snapshot(path)
+    monkeypatch.setattr(snapshot_loading, "MOST_UNPACKED_BYTES", n_bytes - 1)
+    with pytest.raises(SnapshotError, match=r"unpacks to more than .* KiB, which no stripped snapshot does"):
+        read_snapshot(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

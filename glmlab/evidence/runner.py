@@ -1,0 +1,117 @@
+"""Runs the plan: one fresh process a run, finished results kept, nothing of an interrupted run left behind.
+
+What is finished is told by what is on disk: a result lands in ``data`` only when its run has ended well. An interrupted
+run starts anew, since a chat that goes on after a break has another memory than one without.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from glmlab.evidence.plan import EvidenceError, Run
+from glmlab.memory.curve import SIDE_FILES
+
+CHILD = (sys.executable, "-m", "glmlab.evidence.child")
+"""Command of a run's process; its argument follows."""
+
+Status = Literal["finished", "was there", "failed", "left"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run."""
+
+    run: Run
+    status: Status
+    seconds: float = 0.0
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        seconds = f", {self.seconds:.0f} s" if self.status in ("finished", "failed") else ""
+        return f"{self.status:<9} {self.run.name}{seconds}"
+
+
+def gpu_of_this_machine(child: Sequence[str] = CHILD) -> str:
+    """Short name of the GPU that the runs take; a process of its own asks, so that this one takes no GPU memory.
+
+    Raises:
+        EvidenceError: PyTorch sees no GPU.
+    """
+    asked = subprocess.run([*child, "gpu"], stdout=subprocess.PIPE, text=True, check=False)
+    if asked.returncode != 0:
+        raise EvidenceError("the process that asks PyTorch for its GPU failed; its own words stand above.")
+    name = json.loads(asked.stdout)
+    if name is None:
+        raise EvidenceError(
+            "evidence is measured on an NVIDIA GPU, and PyTorch sees none here. 'glmlab doctor' says why; 'glmlab "
+            "evidence --list' shows what would run, and 'glmlab forecast' needs no GPU."
+        )
+    return short_name(name)
+
+
+def short_name(gpu: str) -> str:
+    """A GPU's name as a file's name begins.
+
+    Example:
+        >>> short_name("NVIDIA GeForce RTX 4060 Laptop GPU"), short_name("NVIDIA H100 80GB HBM3")
+        ('rtx-4060-laptop', 'h100-80gb-hbm3')
+    """
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla", "gpu"))
+
+
+def gather(
+    runs: Sequence[Run],
+    data: Path,
+    work: Path,
+    gpu: str,
+    *,
+    budget_s: float,
+    device: str = "cuda",
+    child: Sequence[str] = CHILD,
+) -> Iterator[Outcome]:
+    """Do the runs that have no result yet, one after the other; yield what became of each.
+
+    Args:
+        runs: from :func:`~glmlab.evidence.plan.choose`.
+        data: the folder that keeps recordings and snapshots.
+        work: a folder for what is under way.
+        gpu: short name of the GPU, part of every result's name.
+        budget_s: no run starts later than so many seconds from now; one that runs is not cut.
+        device: where the models go.
+        child: command of a run's process.
+    """
+    deadline = time.monotonic() + budget_s
+    for run in runs:
+        file = run.file(data, gpu)
+        if file.exists():
+            yield Outcome(run, "was there", file=file)
+        elif time.monotonic() >= deadline:
+            yield Outcome(run, "left")
+        else:
+            yield _do(run, file, work / run.name, device, child)
+
+
+def _do(run: Run, file: Path, folder: Path, device: str, child: Sequence[str]) -> Outcome:
+    started = time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    order = json.dumps({"run": asdict(run), "folder": str(folder), "device": device})
+    done = subprocess.run([*child, order], check=False)
+    seconds = time.monotonic() - started
+    if done.returncode != 0:
+        return Outcome(run, "failed", seconds)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    suffixes = (*SIDE_FILES, ".csv") if run.kind == "recording" else (".json.gz",)
+    for suffix in suffixes:  # the file that tells of a finished run comes last
+        made = folder / f"result{suffix}"
+        shutil.move(made, file.parent / (file.name.removesuffix(suffixes[-1]) + suffix))
+    shutil.rmtree(folder)
+    return Outcome(run, "finished", seconds, file)

@@ -1,0 +1,241 @@
+"""The evidence runs on the CPU with the embedded model: plan, fresh processes, kills, budget, what lands and what not.
+
+The driver is the stand-in of ``fake_gpu.py``; the memory history is made up (``child_without_gpu.py``).
+"""
+
+import gzip
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from child_without_gpu import pretend_gpu
+from fake_gpu import build_library, install_driver
+from typer.testing import CliRunner
+
+from glmlab.cli import app
+from glmlab.evidence.child import main, perform
+from glmlab.evidence.plan import ALL_TURNS, PLAN, SNAPSHOT_TURN, TURNS, EvidenceError, Run, choose
+from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
+from glmlab.memory.curve import read_curve
+from glmlab.memory.recording import load_conversation
+from glmlab.memory.snapshots import read_snapshot
+from glmlab.memory.workload import Workload
+
+REAL_CHILD = (sys.executable, str(Path(__file__).with_name("child_without_gpu.py")))
+RECORDING = Run("recording", "embedded", "fp32", turns=1)
+SNAPSHOT = Run("snapshot", "embedded", "fp32", "eager", "static")
+GPU = "fake"
+
+OBEDIENT = """
+import json, pathlib, sys
+order = json.loads(sys.argv[1])
+for suffix in (".csv", ".json", ".transcript.jsonl", ".json.gz"):
+    (pathlib.Path(order["folder"]) / f"result{suffix}").write_text(order["run"]["precision"])
+"""
+KILLED = OBEDIENT + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The stand-in driver, for this process and its children."""
+    folder = tmp_path_factory.mktemp("nvml")
+    library = build_library(folder)
+    (folder / "state").write_text("gpu 24000 1000 self=600\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        install_driver(library, folder / "state", patch)
+        patch.setenv("LD_LIBRARY_PATH", str(folder))
+        patch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        yield folder
+
+
+def do(folder: Path, *runs: Run, child: Sequence[str] = REAL_CHILD, budget_s: float = 600.0) -> list[Outcome]:
+    data, work = folder / "data", folder / "work"
+    return list(gather(runs, data, work, GPU, budget_s=budget_s, device="cpu", child=child))
+
+
+def script(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------------ the plan
+
+
+def test_plan_covers_what_forecasts_are_held_against() -> None:
+    settings = {(run.model, run.precision) for run in PLAN if run.kind == "recording"}
+    assert {("chatglm3-6b", precision) for precision in ("fp16", "bf16", "int8", "int4")} <= settings
+    assert {model for model, _ in settings} == {"chatglm3-6b", "glm-4-9b-chat-hf", "qwen2.5-7b", "llama-2-7b"}
+    for kind in ("recording", "snapshot"):
+        assert {run.attention for run in PLAN if run.kind == kind} == {"sdpa", "eager"}
+    assert {run.cache for run in PLAN} == {"dynamic", "static"}
+    assert len({run.name for run in PLAN}) == len(PLAN)
+
+
+@pytest.mark.parametrize("run", [run for run in PLAN if run.kind == "recording"], ids=str)
+def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: Run) -> None:
+    turns = load_conversation("long").turns[: run.turns]
+    answers = sum(turn.max_new_tokens for turn in turns)
+    limit = json.loads(Workload.of(run.model).config_json)
+    longest_prompt = 60 * len(turns)
+    assert answers > 2100
+    assert answers + longest_prompt < limit.get("max_position_embeddings", limit.get("seq_length"))
+    assert len(turns) == run.turns in (TURNS, ALL_TURNS)
+
+
+def test_runs_are_chosen_by_a_part_of_their_name() -> None:
+    assert choose([]) == list(PLAN)
+    assert {run.precision for run in choose(["int4", "int8"])} == {"int4", "int8"}
+    assert {run.kind for run in choose(["snapshot-*"])} == {"snapshot"}
+    with pytest.raises(EvidenceError, match=r"no run has 'int2' in its name; 'glmlab evidence --list' shows"):
+        choose(["int4", "int2"])
+
+
+# ------------------------------------------------------------------------------------------------------ the runs
+
+
+def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, tmp_path: Path) -> None:
+    outcomes = do(tmp_path, RECORDING, SNAPSHOT)
+
+    assert [outcome.status for outcome in outcomes] == ["finished", "finished"]
+    stem, other = f"{GPU}-embedded-fp32-sdpa-dynamic", f"{GPU}-embedded-fp32-eager-static"
+    assert files(tmp_path / "data") == [
+        f"recordings/{stem}.csv",
+        f"recordings/{stem}.json",
+        f"recordings/{stem}.transcript.jsonl",
+        f"snapshots/{other}.json.gz",
+    ]
+    assert files(tmp_path / "work") == []
+
+    curve = read_curve(tmp_path / "data/recordings" / f"{stem}.csv")
+    spoken = load_conversation("long").turns[0].max_new_tokens
+    assert curve.table["step"].tolist() == list(range(spoken + 1))
+    assert curve.table["used_mib"].tolist() == [1000.0] * (spoken + 1)
+    assert (curve.provenance["status"], curve.provenance["resumptions"]) == ("finished", [])
+
+    snapshot = read_snapshot(tmp_path / "data/snapshots" / f"{other}.json.gz")
+    assert snapshot.provenance["turns"] == [list(SNAPSHOT_TURN)]
+    for run, told in ((RECORDING, curve.provenance), (SNAPSHOT, snapshot.provenance)):
+        assert told["command"] == f"glmlab evidence {run.name}"
+        assert (told["model"], told["weights"], told["attention"]) == ("embedded", "random", run.attention)
+        assert told["gpus"] == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
+        assert (told["driver"], told["compute_capability"]) == ("999.00.fake", "9.0")
+        assert told["date"] == "2023-11-14T22:13:20+00:00"
+        assert {"torch", "transformers", "bitsandbytes"} <= set(told["versions"])
+
+    texts = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
+    texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in texts]
+    for word in (str(tmp_path), os.getcwd(), str(Path.home()) + os.sep, "somebody", f'"{platform.node()}"'):
+        assert all(word.encode() not in text for text in texts)
+
+
+@pytest.mark.parametrize("run", [SNAPSHOT, replace(SNAPSHOT, cache="dynamic")], ids=str)
+def test_history_notes_the_row_and_the_module_of_every_event(
+    driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    pretend_gpu(monkeypatch)
+
+    snapshot = read_snapshot(perform(run, tmp_path, "cpu"))
+
+    notes = [event.note for event in snapshot.devices[0].events if event.action == "alloc"]
+    rows = list(dict.fromkeys(note.partition("|")[0] for note in notes))
+    assert rows == ["load", *map(str, range(SNAPSHOT_TURN.generated)), "end"]
+    of_step = [note.partition("|")[2] for note in notes if note.startswith("3|")]
+    assert of_step[:3] == ["", "model", "model.embed_tokens"]
+    assert of_step.count("model.layers.2.self_attn.q_proj") == 1
+    assert of_step[-1] == ""
+    assert snapshot.provenance["cache"] == run.cache
+
+
+def test_finished_runs_are_skipped_and_a_killed_run_starts_anew(tmp_path: Path) -> None:
+    assert [outcome.status for outcome in do(tmp_path, SNAPSHOT, child=script(OBEDIENT))] == ["finished"]
+    (killed,) = do(tmp_path, RECORDING, child=script(KILLED))
+    assert killed.status == "failed"
+    assert files(tmp_path / "data") == [f"snapshots/{GPU}-{SNAPSHOT.setting}.json.gz"]
+    torn = tmp_path / "work" / RECORDING.name / "result.csv"
+    assert torn.read_text() == "fp32"
+
+    other = replace(RECORDING, precision="bf16")
+    outcomes = do(tmp_path, SNAPSHOT, RECORDING, other, child=script(OBEDIENT))
+    assert [str(outcome).split(",")[0] for outcome in outcomes] == [
+        f"was there {SNAPSHOT.name}",
+        f"finished  {RECORDING.name}",
+        f"finished  {other.name}",
+    ]
+    assert [outcome.file.read_text() for outcome in outcomes if outcome.file] == ["fp32", "fp32", "bf16"]
+    assert files(tmp_path / "work") == []
+
+
+def test_no_run_starts_after_the_budget(tmp_path: Path) -> None:
+    assert [outcome.status for outcome in do(tmp_path, SNAPSHOT, budget_s=0.0)] == ["left"]
+    assert files(tmp_path) == []
+
+
+def test_a_run_that_cannot_be_done_says_why_and_exits_with_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_gpu(monkeypatch)
+    order = {"run": asdict(replace(SNAPSHOT, precision="int2")), "folder": str(tmp_path), "device": "cpu"}
+    with pytest.raises(SystemExit) as stopped:
+        main(json.dumps(order))
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("glmlab: precision='int2' is not known")
+    assert files(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+def test_gpu_is_named_by_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretend_gpu(monkeypatch)
+    main("gpu")
+    assert capsys.readouterr().out == '"NVIDIA Fake GPU"\n'
+
+    assert gpu_of_this_machine(script("print('\"NVIDIA H200\"')")) == "h200"
+    with pytest.raises(EvidenceError, match="its own words stand above"):
+        gpu_of_this_machine(script("raise SystemExit(1)"))
+
+
+def test_list_shows_every_run_and_needs_no_gpu() -> None:
+    result = CliRunner().invoke(app, ["evidence", "--list", "llama"])
+    assert result.exit_code == 0
+    assert result.stdout.splitlines() == [str(run) for run in choose(["llama"])]
+
+
+def test_without_a_gpu_the_command_says_what_it_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "glmlab", "evidence"],
+        capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "measured on an NVIDIA GPU, and PyTorch sees none here" in done.stderr
+    assert "glmlab evidence --list' shows what would run" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_command_counts_what_became_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glmlab.evidence import runner
+
+    (run,) = choose(["snapshot-llama"])
+    statuses = {"finished": "1 finished", "left": "goes on with what is left"}
+    monkeypatch.setattr(runner, "gpu_of_this_machine", lambda: GPU)
+    for status, said in statuses.items():
+        monkeypatch.setattr(runner, "gather", lambda *_, status=status, **__: iter([Outcome(run, status, 2.0)]))
+        result = CliRunner().invoke(app, ["evidence", "snapshot-llama", "--data", str(tmp_path)])
+        assert result.exit_code == 0
+        assert said in result.stdout
+    monkeypatch.setattr(runner, "gather", lambda *_, **__: iter([Outcome(run, "failed", 2.0)]))
+    result = CliRunner().invoke(app, ["evidence", "snapshot-llama"])
+    assert isinstance(result.exception, EvidenceError)
+    assert "1 runs failed" in str(result.exception)
