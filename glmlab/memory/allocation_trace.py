@@ -100,9 +100,7 @@ class TraceFacts:
     later_prompt_min: int = 1  # ... and of a later turn
     warmup_size: int = -1  # row of ``sizes`` of the loader's warm-up block, which a small card caps; -1 = none
     description: str = ""
-    workload: dict[str, Any] = field(
-        default_factory=dict
-    )  # attention, cache, batch, ... as far as they shaped the trace
+    workload: dict[str, Any] = field(default_factory=dict)  # what of the workload shaped the trace: attention, cache, …
     versions: dict[str, str] = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)  # what was modelled beside the tensors, and its source
 
@@ -133,7 +131,8 @@ class AllocationTrace:
         n_events = len(self.program.events)
         if not len(self.label_of_event) == len(self.layer_of_event) == n_events:
             raise TraceError(f"a trace of {n_events} events needs as many labels; trace the model again.")
-        if len(self.label_of_event) and int(self.label_of_event.max()) >= len(self.labels):
+        of_allocations = self.label_of_event[self.program.events[:, 0] == ALLOCATE]
+        if np.any((of_allocations < 0) | (of_allocations >= len(self.labels))):
             raise TraceError("a label is missing from the trace. Trace the model again.")
         if tuple(self.program.owners) != OWNERS:
             raise TraceError(f"the owners of a trace are {', '.join(OWNERS)}; this one has others. Trace again.")
@@ -161,6 +160,7 @@ class AllocationTrace:
             ) from error
 
     def _laid_out(self, turns: Sequence[Turn]) -> Int64Array:
+        """The rows of :meth:`schedule`; KeyError for a section that is not there."""
         number = {name: i for i, name in enumerate(self.program.section_names)}
         rows = [np.array([[0, number["load"], 0, 0]], np.int64)]
         cached = 0
@@ -183,7 +183,11 @@ class AllocationTrace:
         return steps
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the trace to ``path`` (``.npz``); the file appears whole or not at all."""
+        """Write the trace to ``path`` (``.npz``); the file appears whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         target = Path(path)
         program = self.program
         carried = [(name, len(slots)) for name, slots in program.carried.items()]

@@ -46,6 +46,8 @@ class Step:
 
 
 class _Event(NamedTuple):
+    """An event as it stands in an EventProgram, without its size; equal in every row of a section."""
+
     mode: int
     age: int  # the owner where mode is ALLOCATE
     arg: int  # -1 where mode is ALLOCATE: its size is fitted later
@@ -54,11 +56,13 @@ class _Event(NamedTuple):
 
 
 class _Row(NamedTuple):
+    """A recorded row in that form: what must not change with the lengths, the lengths, and the sizes."""
+
     events: tuple[_Event, ...]
-    carried: tuple[int, ...]
+    carried: tuple[int, ...]  # slots
     context: int
     turn_tokens: int
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # bytes of every allocation, by slot
 
 
 def check_loaded(recorder: AllocationRecorder, owners: Mapping[int, str]) -> None:
@@ -123,6 +127,7 @@ def _check_live(recorder: AllocationRecorder, steps: Sequence[Step], loaded: Map
 
 
 def _owners(recorder: AllocationRecorder, steps: Sequence[Step], loaded: Mapping[int, str]) -> dict[int, str]:
+    """Owner of every allocation that outlives its row or is the workspace; the others are activations."""
     owners = dict(loaded)
     freed_in_load = {~event for event in recorder.rows[0].events if event < 0}
     for number, allocation in enumerate(recorder.allocations):
@@ -139,6 +144,12 @@ def _owners(recorder: AllocationRecorder, steps: Sequence[Step], loaded: Mapping
 
 
 def _canonical(recorder: AllocationRecorder, number: int, steps: Mapping[int, Step], owners: Mapping[int, str]) -> _Row:
+    """Row ``number`` with every free told as an EventProgram tells it.
+
+    What a turn's first row allocated is freed by slot (FREE_FIRST) once the row is not its own: the cache of a prefill
+    may live as long as the turn. What the turn before carried over is freed by position (FREE_CARRIED), everything else
+    by age and slot (FREE).
+    """
     row = recorder.rows[number]
     step = steps.get(number)
     first = next((i for i, other in enumerate(recorder.rows) if other.turn == row.turn), number)
@@ -180,6 +191,7 @@ def _slots(recorder: AllocationRecorder, row: int, numbers: Iterable[int]) -> di
 
 
 def _check_order(name: str, rows: Sequence[_Row]) -> None:
+    """Refuse a section whose rows differ in more than their lengths and sizes; the text names the first difference."""
     for row in rows[1:]:
         if row.events == rows[0].events and row.carried == rows[0].carried:
             continue
@@ -224,11 +236,8 @@ def _fit(name: str, rows: Sequence[_Row], labels: Sequence[tuple[str, str]]) -> 
     for basis in _BASES:
         part = columns[:, basis]
         scale = np.abs(part).max(axis=0)
-        if np.linalg.matrix_rank(part / scale) < len(basis) or len({tuple(row) for row in part.tolist()}) <= len(basis):
-            if basis == (0,) and len(rows) > 1:
-                pass  # a constant needs no second length
-            else:
-                continue
+        if not _determines(part / scale):
+            continue
         solution, *_ = np.linalg.lstsq(part / scale, sizes.astype(float), rcond=None)
         rounded = np.rint(solution.T / scale).astype(np.int64)  # (slots, basis)
         fits = open_slots & (part @ rounded.T == sizes).all(axis=0)
@@ -245,9 +254,19 @@ def _fit(name: str, rows: Sequence[_Row], labels: Sequence[tuple[str, str]]) -> 
     )
 
 
+def _determines(part: npt.NDArray[np.float64]) -> bool:
+    """Whether rows of lengths (rows, coefficients) give the coefficients, with at least one row left to check them."""
+    n_coefficients = part.shape[1]
+    if n_coefficients == 1:  # the constant: two rows, be they of one length
+        return len(part) > 1
+    n_lengths = len({tuple(row) for row in part.tolist()})
+    return bool(n_lengths > n_coefficients and np.linalg.matrix_rank(part) == n_coefficients)
+
+
 def _assemble(
     sections: Mapping[str, Sequence[_Row]], coefficients: Mapping[str, Int64Array], facts: TraceFacts
 ) -> AllocationTrace:
+    """Put sections one behind the other; equal sizes and equal labels share a row."""
     size_rows: dict[tuple[int, ...], int] = {}
     labels: dict[tuple[str, str], int] = {}
     events: list[tuple[int, int, int]] = []

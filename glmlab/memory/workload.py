@@ -72,9 +72,7 @@ class Workload:
     architecture: str = ""  # of the GPU; "" = the card's, else DEFAULT_ARCHITECTURE
     card: str = ""  # a name of data/gpus.csv
     cuda_context_mib: float | None = None  # None = the card's, else an assumption that the forecast names
-    empty_cache: tuple[
-        EmptyCache, ...
-    ] = ()  # when torch.cuda.empty_cache() is called: after "load", after every "turn"
+    empty_cache: tuple[EmptyCache, ...] = ()  # moments of torch.cuda.empty_cache(): after "load", after every "turn"
     without_effects: tuple[str, ...] = ()  # entries of device_effects.EFFECTS that are switched off
 
     def __post_init__(self) -> None:
