@@ -36,6 +36,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from io import StringIO
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -214,16 +215,18 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
         raise CurveError(f"no column of context ({' or '.join(CONTEXT_COLUMNS)}); the table has: {', '.join(columns)}.")
     if not any(name.endswith("_mib") for name in columns):
         raise CurveError(f"no column of memory (a name that ends in _mib); the table has: {', '.join(columns)}.")
-    checked = table.copy()
+    if repeated := [name for name in columns if columns.count(name) > 1]:
+        raise CurveError(f"the column {repeated[0]!r} is there twice.")
+    checked = table.set_axis(columns, axis="columns")
     for name in columns:
         try:
             numbers = pd.to_numeric(checked[name], errors="coerce")
         except OverflowError as error:
             raise CurveError(f"the column {name!r} has a number that is too large ({error}).") from error
-        wrong = numbers.isna() & checked[name].notna()
+        wrong = (numbers.isna() & checked[name].notna()) | numbers.isin([inf, -inf])
         if bool(wrong.any()):
             row = int(wrong.to_numpy().argmax())
-            raise CurveError(f"row {row + 1} of the column {name!r} is {checked[name].iloc[row]!r}, not a number.")
+            raise CurveError(f"row {row + 1} of the column {name!r} is {checked[name].tolist()[row]!r}, not a number.")
         checked[name] = numbers
     for name in REQUIRED_COLUMNS:
         if bool(checked[name].isna().any()):

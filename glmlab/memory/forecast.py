@@ -110,7 +110,7 @@ def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
         was modelled, and ``out_of_memory`` where the card was full.
 
     Raises:
-        ForecastError: the turns pass the model's context limit.
+        ForecastError: the turns pass the model's context limit, or the card cannot even load the model.
         TraceError: the model cannot be traced.
 
     Example:
@@ -119,6 +119,8 @@ def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
         [[0.0, 0.0, 4584.0], [418.0, 425.0, 4612.0]]
     """
     run = run_workload(workload)
+    if not len(run.rows):
+        raise _no_fit(run)
     table = _table(run)
     band = [run_workload(workload, address_seed=seed).replay.reserved for seed in seeds]
     rows = run.rows
@@ -183,11 +185,19 @@ def largest_context(workload: Workload, card: str) -> Capacity:
     rows = run.rows
     failure = run.replay.out_of_memory
     if len(rows) < 2:
-        raise ForecastError(f"{workload.name} in {workload.precision} does not fit on {found.name}: {failure}")
+        raise _no_fit(run)
     used_mib = float(run.replay.reserved[rows[-1]] / MIB + run.context_mib)
     tokens = int(run.schedule[rows[-1], 2])
     message = str(failure) if failure else f"the model is made for {limit:,} tokens"
     return Capacity(tokens, "memory" if failure else "model", message, found.name, used_mib)
+
+
+def _no_fit(run: Run) -> ForecastError:
+    workload = run.workload
+    return ForecastError(
+        f"{workload.name} in {workload.precision} does not fit on {find_card(workload.card).name}: "
+        f"{run.replay.out_of_memory} Take a smaller precision, or a card with more memory."
+    )
 
 
 def _trace_of(workload: Workload) -> AllocationTrace:
@@ -298,7 +308,7 @@ def _provenance(run: Run) -> dict[str, Any]:
         rows = run.rows
         provenance["out_of_memory"] = {
             "message": str(failure),
-            "fits_context_tokens": int(run.schedule[rows[-1], 2]) if len(rows) else None,
+            "fits_context_tokens": int(run.schedule[rows[-1], 2]),
             "fails_context_tokens": int(run.schedule[run.replay.rows, 2]),
             "turn": int(run.schedule[run.replay.rows, 0]),
         }

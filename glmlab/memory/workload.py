@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as cached
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -92,6 +93,10 @@ class Workload:
             find_card(self.card)
         if self.batch < 1:
             raise WorkloadError(f"batch={self.batch}: at least one sequence is needed.")
+        if self.static_tokens < 0:
+            raise WorkloadError(f"static_tokens={self.static_tokens}: give a length, or 0 for the turns' own.")
+        if self.cuda_context_mib is not None and not 0 <= self.cuda_context_mib < inf:
+            raise WorkloadError(f"cuda_context_mib={self.cuda_context_mib}: give MiB from 0 on, or leave it out.")
         if not self.turns:
             raise WorkloadError("a workload needs at least one turn, such as 8:100 (prompt tokens:generated tokens).")
         for number, (prompt, generated) in enumerate(self.turns, start=1):

@@ -241,6 +241,8 @@ def test_a_card_too_small_for_the_model_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("glmlab.memory.forecast.find_card", lambda _: tiny)
     with pytest.raises(ForecastError, match="does not fit on RTX 4060: CUDA out of memory"):
         largest_context(Workload.recorded(TRACE), "RTX 4060")
+    with pytest.raises(ForecastError, match=r"does not fit on RTX 4060: .* Take a smaller precision, or a card with"):
+        forecast(Workload.recorded(TRACE, card="RTX 4060"))
 
 
 def test_cards_have_sources_and_sizes() -> None:
@@ -277,6 +279,9 @@ def test_broken_turns_are_named(text: str) -> None:
         ({"architecture": "kepler"}, "architecture='kepler' is not known"),
         ({"card": "GTX 9"}, "no card 'GTX 9'"),
         ({"batch": 0}, "batch=0"),
+        ({"static_tokens": -1}, "static_tokens=-1"),
+        ({"cuda_context_mib": -1.0}, "cuda_context_mib=-1.0: give MiB from 0 on"),
+        ({"cuda_context_mib": float("nan")}, "cuda_context_mib=nan"),
         ({"turns": [(0, 5)]}, "turn 1 is 0:5"),
         ({"turns": []}, "at least one turn"),
         ({"turns": "8:5", "tokens": 9}, "not both"),
