@@ -159,12 +159,17 @@ def _special_count(chat: ChatFormat, segments: Sequence[Segment]) -> int:
 def characters_per_token(tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, str]) -> pd.DataFrame:
     """How many characters a token holds on average, by kind of text (rows) and tokenizer (columns).
 
+    Raises:
+        FormatError: an empty text, which has no tokens to share it.
+
     Example:
         >>> from glmlab import load_model
         >>> table = characters_per_token({"embedded": load_model("embedded").tokenizer}, {"emoji": "👋👋👋👋"})
         >>> bool(table.loc["emoji", "embedded"] < 1)  # four bytes each, and the dummy prefix
         True
     """
+    if empty := [kind for kind, text in texts.items() if not text]:
+        raise FormatError(f"the text {empty[0]!r} is empty. Give a text of at least one character.")
     return pd.DataFrame(
         {
             name: {

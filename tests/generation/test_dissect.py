@@ -409,6 +409,8 @@ class TestFormats:
         ids = embedded.tokenizer("Hello", add_special_tokens=False)["input_ids"]
         assert table.loc["en", "embedded"] == 5 / len(ids)
         assert table.loc["emoji", "embedded"] == 1 / 5
+        with pytest.raises(FormatError, match="the text 'none' is empty"):
+            characters_per_token({"embedded": embedded.tokenizer}, {"none": ""})
 
     def test_segment_table_keeps_every_part(self):
         segments = {name: chat_format(name).segments(HELLO) for name in FORMATS}

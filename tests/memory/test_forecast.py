@@ -1,6 +1,5 @@
 """Forecasts: equal to the reference replay of the original chat, adding up, explained, bounded by a card."""
 
-import importlib.util
 import json
 import pickle
 import zipfile
@@ -50,18 +49,6 @@ CONVERSATION = "8:418,26:259,30:497,30:491,30:501,30:501,30:501,30:525"
 @pytest.fixture(scope="module")
 def chapter() -> Curve:
     return forecast(Workload.recorded(TRACE, turns=CONVERSATION))
-
-
-@pytest.fixture(scope="module")
-def reference(shared_data: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "replay_reference", shared_data / "original-trace/replay_reference.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def reference_steps(module: ModuleType, folder: Path, turns: str) -> list[tuple[int, int, int, int, int]]:

@@ -1,6 +1,5 @@
 """The replay of event programs: a recorded chat equals its reference, row by row; bad programs are refused."""
 
-import importlib.util
 import logging
 import subprocess
 import sys
@@ -46,17 +45,8 @@ def original_schedule(program: EventProgram, turns: list[tuple[int, int]]) -> li
     return rows
 
 
-def reference(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("replay_reference", folder / "replay_reference.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def reference_rows(folder: Path, turns: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
-    module, rows = reference(folder), []
+def reference_rows(module: ModuleType, folder: Path, turns: list[tuple[int, int]]) -> list[tuple[int, int, int, int]]:
+    rows = []
 
     def on_step(allocator: Any, turn: int, step: int, context: int, kv: Any) -> None:
         small, large = (sum(block[0] for block in pool) for pool in allocator.pools)
@@ -69,14 +59,16 @@ def reference_rows(folder: Path, turns: list[tuple[int, int]]) -> list[tuple[int
 @pytest.mark.parametrize(
     "turns", [[(8, 40), (26, 1), (30, 2), (2, 3), (5, 4), (30, 20)], [(700, 12), (900, 9), (800, 5)]]
 )
-def test_a_conversation_equals_the_reference_replay_row_by_row(shared_data: Path, turns: list[tuple[int, int]]) -> None:
+def test_a_conversation_equals_the_reference_replay_row_by_row(
+    reference: ModuleType, shared_data: Path, turns: list[tuple[int, int]]
+) -> None:
     folder = shared_data / "original-trace"
     program = original_program(folder)
     schedule = original_schedule(program, turns)
     found = replay_steps(program, schedule)
     steps = [i for i, row in enumerate(schedule) if "end" not in program.section_names[row[1]]]
     ours = np.stack([found.reserved, found.allocated, found.free_small, found.free_large], axis=1)[steps]
-    assert ours.tolist() == [list(row) for row in reference_rows(folder, turns)]
+    assert ours.tolist() == [list(row) for row in reference_rows(reference, folder, turns)]
 
 
 def test_the_chapters_conversation_has_the_figures_of_the_traces_readme(shared_data: Path) -> None:
