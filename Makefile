@@ -43,7 +43,7 @@ format: $(INSTALLED)  ## format code and notebooks
 doctor: $(INSTALLED)  ## say what works on this machine
 	$(BIN)/glmlab doctor
 
-bench: $(INSTALLED)  ## print what the suite's own code costs, as ratios; build/bench.json keeps them
+bench: $(INSTALLED)  ## print what the suite's own code costs, as ratios and seconds; build/bench.json keeps them
 	$(BIN)/glmlab bench
 
 gpu-evidence: $(INSTALLED)  ## on a machine with an NVIDIA GPU: record what forecasts are held against (20 minutes, goes on when called again)

@@ -1,16 +1,18 @@
-"""What the suite's own code costs: ratios of two ways to do one thing, measured side by side in one run.
+"""What the suite's own code costs: ratios of two ways to do one thing, measured side by side, and a few times.
 
-A time alone says as much of the machine as of the code. Here the ways take turns, so that whatever else the machine
-does meets all of them alike, and only the ratio of their medians counts.
+A time alone says as much of the machine as of the code. So where there are two ways they take turns, whatever else the
+machine does meets both alike, and only the ratio of their medians counts. Forecasts and notebooks have no other way to
+be compared with: their rows are seconds, and say so.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig
@@ -18,25 +20,34 @@ from transformers import GenerationConfig
 from glmlab.errors import GlmlabError
 from glmlab.generation.decoding import Keep, decode_steps
 from glmlab.generation.prompts import encode_chat
-from glmlab.models.loading import load_model
+from glmlab.latency.polling import API, SUBPROCESS, measure_polling
+from glmlab.memory.benchmark import benchmark_replay
+from glmlab.memory.provenance import today
+from glmlab.memory.tracing import trace
+from glmlab.memory.workload import DEFAULT_PROMPT, Workload
+from glmlab.models.loading import LoadedModel, load_model
+from glmlab.notebooks import execute_notebook, find_notebooks
 
 _PROMPT = "Tell me a long story about a fox."
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """How fast one way is against another."""
+class Row:
+    """One line of the table: a ratio of speeds, or seconds."""
 
     key: str
-    value: float
-    """Speed of the first against the second; 1 is as fast."""
-    at_least: float
-    """What the suite promises."""
+    value: float | None
+    """Speed of the first way against the second (1 is as fast), or seconds; None where it cannot be measured here."""
     what: str
-    first_ms: float
+    unit: Literal["ratio", "s"] = "ratio"
+    at_least: float | None = None
+    """The ratio that the suite promises."""
+    first_ms: float | None = None
     """Median of the first way, a unit of work."""
-    second_ms: float
-    repetitions: int
+    second_ms: float | None = None
+    repetitions: int = 1
+    reason: str = ""
+    """Why there is no value."""
 
 
 def take_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
@@ -60,17 +71,20 @@ def take_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> di
     return seconds
 
 
-def decode_ratios(repetitions: int, *, tokens: int = 64) -> list[Ratio]:
-    """Tokens per second of ``decode_steps`` against ``model.generate()``: embedded model, greedy, one thread.
+def decode_rows(repetitions: int, *, tokens: int = 64) -> list[Row]:
+    """Tokens per second of ``decode_steps`` against ``model.generate()``, and compiled against eager.
+
+    Embedded model, fp32, greedy, one thread.
 
     Args:
         repetitions: rounds in which each way generates once.
         tokens: tokens a generation.
 
     Raises:
-        GlmlabError: the two did not generate the same ids.
+        GlmlabError: two ways did not generate the same ids.
     """
     loaded = load_model("embedded", precision="fp32", device="cpu")
+    compiled = load_model("embedded", precision="fp32", device="cpu", compile=True)
     prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": _PROMPT}])
     ids = torch.tensor([prompt])
     config = GenerationConfig(
@@ -81,16 +95,18 @@ def decode_ratios(repetitions: int, *, tokens: int = 64) -> list[Ratio]:
         generated = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return list(generated[0, len(prompt) :].tolist())
 
-    def steps(keep: Keep) -> list[int]:
+    def steps(keep: Keep, model: LoadedModel = loaded) -> list[int]:
         return [
             step.token_id
-            for step in decode_steps(loaded, prompt, max_new_tokens=tokens, generation_config=config, keep=keep)
+            for step in decode_steps(model, prompt, max_new_tokens=tokens, generation_config=config, keep=keep)
         ]
 
     ways: dict[str, Callable[[], list[int]]] = {
         "generate": generate,
         "default": lambda: steps(Keep()),
         "full logits": lambda: steps(Keep(logits=True)),
+        "eager": lambda: steps(Keep(top_k=0)),
+        "compiled": lambda: steps(Keep(top_k=0), compiled),
     }
     generated = generate()
     if any(way() != generated for way in ways.values()):
@@ -102,54 +118,127 @@ def decode_ratios(repetitions: int, *, tokens: int = 64) -> list[Ratio]:
     finally:
         torch.set_num_threads(threads)
     ms = {name: statistics.median(values) / len(generated) * 1e3 for name, values in seconds.items()}
-    what = "tokens/s of decode_steps against model.generate()"
+    rows = [
+        Row(
+            key,
+            ms[against] / ms[way],
+            f"tokens/s of {what}",
+            at_least=at_least,
+            first_ms=ms[way],
+            second_ms=ms[against],
+            repetitions=repetitions,
+        )
+        for key, way, against, at_least, what in (
+            ("decode_over_generate", "default", "generate", 1.0, "decode_steps against model.generate()"),
+            (
+                "decode_full_logits_over_generate",
+                "full logits",
+                "generate",
+                0.9,
+                "decode_steps with all logits, likewise",
+            ),
+            ("compiled_over_eager", "compiled", "eager", 1.0, "load_model(compile=True) against eager"),
+        )
+    ]
+    compilation = compiled.report.compilation
+    if compilation is not None and compilation.failure is not None:
+        rows[-1] = Row("compiled_over_eager", None, rows[-1].what, reason=compilation.failure)
+    return rows
+
+
+def forecast_rows(_: int = 1, *, steps: int = 32_768) -> list[Row]:
+    """Seconds of a forecast of ChatGLM3-6B-32K over its whole context: the replay, and the trace that it needs once."""
+    workload = Workload.of("chatglm3-6b-32k", turns=[(DEFAULT_PROMPT, steps - DEFAULT_PROMPT + 1)])
+    started = time.perf_counter()
+    traced = trace(workload, refresh=True)
+    trace_s = time.perf_counter() - started
+    (speed,) = benchmark_replay(traced, steps=[steps - DEFAULT_PROMPT + 1], prompt=DEFAULT_PROMPT)
     return [
-        Ratio(key, ms["generate"] / ms[way], at_least, f"{what}, {way}", ms[way], ms["generate"], repetitions)
-        for key, way, at_least in (
-            ("decode_over_generate", "default", 1.0),
-            ("decode_full_logits_over_generate", "full logits", 0.9),
+        Row("forecast_32k_replay_s", speed.seconds, f"replay of {steps:,} tokens, CPU time of one core", "s"),
+        Row("forecast_32k_trace_s", trace_s, "trace of the model, cached afterwards", "s"),
+    ]
+
+
+def polling_rows(repetitions: int) -> list[Row]:
+    """Readings per second of gpustat's Python API against its command, where there is a driver to answer."""
+    rounds = min(repetitions, 5)
+    table = measure_polling(repetitions=rounds).set_index("way")
+    what = "readings/s of gpustat.new_query() against a gpustat --json process"
+    api, process = (table.loc[way].to_dict() for way in (API, SUBPROCESS))
+    if not (api["answers"] and process["answers"]):
+        reason = f"no answer from an NVIDIA driver on this machine ({api['outcome'] or process['outcome']})"
+        return [Row("gpustat_api_over_subprocess", None, what, reason=reason)]
+    api_ms, process_ms = float(api["poll_ms"]), float(process["poll_ms"])
+    return [
+        Row(
+            "gpustat_api_over_subprocess",
+            process_ms / api_ms,
+            what,
+            at_least=1.0,
+            first_ms=api_ms,
+            second_ms=process_ms,
+            repetitions=rounds,
         )
     ]
 
 
-BENCHMARKS: tuple[Callable[[int], Sequence[Ratio]], ...] = (decode_ratios,)
-"""Each takes the number of repetitions."""
+def notebook_rows(folder: Path) -> list[Row]:
+    """Seconds that all notebooks of a folder take, each from a fresh kernel."""
+    with TemporaryDirectory() as copies:
+        executed = [
+            execute_notebook(source, Path(copies) / source.name, {}) for source in find_notebooks(folder, names=[])
+        ]
+    seconds = sum(each.seconds for each in executed)
+    return [Row("notebooks_s", seconds, f"{len(executed)} notebooks, one after the other", "s")]
 
 
-def run_benchmarks(repetitions: int, out: Path) -> list[Ratio]:
-    """Run all benchmarks and write their ratios, with what they were measured on, to a JSON file.
+def run_benchmarks(repetitions: int, out: Path, *, notebooks: Path = Path("notebooks")) -> list[Row]:
+    """Run all benchmarks and write their values, and what they were measured on, to a JSON file.
+
+    Args:
+        repetitions: rounds of the ratios; what is measured in seconds runs once.
+        out: the .json: every key with its value (null where it cannot be measured here), and the rows in full.
+        notebooks: the folder of the notebooks.
 
     Raises:
         GlmlabError: fewer than one repetition, or a benchmark that cannot be run.
     """
     if repetitions < 1:
         raise GlmlabError(f"{repetitions} repetitions measure nothing. Ask for at least 1.")
-    ratios = [ratio for benchmark in BENCHMARKS for ratio in benchmark(repetitions)]
+    rows = [*decode_rows(repetitions), *forecast_rows(), *polling_rows(repetitions), *notebook_rows(notebooks)]
     out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
-        "ratios": {ratio.key: asdict(ratio) for ratio in ratios},
+        **{row.key: row.value for row in rows},
+        "rows": [asdict(row) for row in rows],
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "date": today(),
     }
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return ratios
+    return rows
 
 
-def format_ratios(ratios: Iterable[Ratio]) -> str:
-    """One line a ratio.
+def format_rows(rows: Iterable[Row]) -> str:
+    """One line a row; "x" marks a ratio, "s" seconds, and a value that is missing has its reason.
 
     Example:
-        >>> print(format_ratios([Ratio("a_over_b", 1.204, 1.0, "speed of a against b", 2.5, 3.01, 9)]))
-        key       ratio  at least     ms  against ms  what
-        a_over_b   1.20      1.00  2.500       3.010  speed of a against b
+        >>> ratio = Row("a_over_b", 1.204, "speed of a", at_least=1.0, first_ms=2.5, second_ms=3.01)
+        >>> missing = Row("d_over_e", None, "speed of d", reason="no d")
+        >>> print(format_rows([ratio, Row("c_s", 31.0, "all of c", "s"), missing]))
+        key        value  at least     ms  against ms  what
+        a_over_b  1.20 x      1.00  2.500       3.010  speed of a
+        c_s       31.0 s                               all of c
+        d_over_e       -                               speed of d: no d
     """
-    rows = [("key", "ratio", "at least", "ms", "against ms", "what")]
-    for ratio in ratios:
-        figures = (f"{ratio.value:.2f}", f"{ratio.at_least:.2f}", f"{ratio.first_ms:.3f}", f"{ratio.second_ms:.3f}")
-        rows.append((ratio.key, *figures, ratio.what))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = []
-    for key, *numbers, what in rows:
+    lines: list[tuple[str, ...]] = [("key", "value", "at least", "ms", "against ms", "what")]
+    for row in rows:
+        shown = "-" if row.value is None else f"{row.value:.2f} x" if row.unit == "ratio" else f"{row.value:.1f} s"
+        at_least = "" if row.at_least is None else f"{row.at_least:.2f}"
+        times = ["" if ms is None else f"{ms:.3f}" for ms in (row.first_ms, row.second_ms)]
+        lines.append((row.key, shown, at_least, *times, f"{row.what}: {row.reason}" if row.reason else row.what))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    texts = []
+    for key, *numbers, what in lines:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-        lines.append("  ".join([key.ljust(widths[0]), *cells, what]))
-    return "\n".join(lines)
+        texts.append("  ".join([key.ljust(widths[0]), *cells, what]))
+    return "\n".join(texts)

@@ -286,16 +286,17 @@ def notebooks(
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="where the ratios go, as JSON")] = Path("build/bench.json"),
+    out: Annotated[Path, typer.Option(help="where the values go, as JSON")] = Path("build/bench.json"),
     repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,
+    notebooks: Annotated[Path, typer.Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
 ) -> None:
-    """Print what the suite's own code costs: the decode loop as ratios, the replay in nanoseconds an event."""
-    from glmlab.bench import format_ratios, run_benchmarks
+    """Print what the suite's own code costs: ratios of two ways, seconds, the replay in nanoseconds an event."""
+    from glmlab.bench import format_rows, run_benchmarks
     from glmlab.memory.benchmark import STEPS, benchmark_replay, speed_table
     from glmlab.memory.tracing import trace
     from glmlab.memory.workload import Workload
 
-    typer.echo(format_ratios(run_benchmarks(repetitions, out)))
+    typer.echo(format_rows(run_benchmarks(repetitions, out, notebooks=notebooks)))
     for attention in ("sdpa", "eager"):
         traced = trace(Workload.of("chatglm3-6b", attention=attention))
         typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")

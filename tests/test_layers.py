@@ -14,6 +14,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("models",),
     ("generation",),
     ("memory",),
+    ("latency",),
     ("structure", "figures", "stepper"),
     ("notebooks", "doctor", "bench", "evidence"),
     ("cli",),

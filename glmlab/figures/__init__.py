@@ -6,6 +6,7 @@ as a solid line, what others reported as hollow markers; a memory component has 
 
 from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
 from glmlab.figures.forecast import component_chart, components, pool_map
+from glmlab.figures.latency import account_chart, first_token_curve, latency_curve, polling_chart, token_parts_chart
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
 from glmlab.figures.prompts import format_figure, growth_figure, printable, prompt_figure, roles_figure
 from glmlab.figures.structure import class_diagram, module_tree_figure
@@ -17,21 +18,26 @@ __all__ = [
     "STYLE",
     "FigureError",
     "SuiteFigure",
+    "account_chart",
     "candidates_chart",
     "class_diagram",
     "component_chart",
     "components",
     "curves_table",
     "decode_strip",
+    "first_token_curve",
     "format_figure",
     "growth_figure",
+    "latency_curve",
     "lens_heatmap",
     "memory_column",
     "memory_curve",
     "module_tree_figure",
+    "polling_chart",
     "pool_map",
     "printable",
     "prompt_figure",
     "roles_figure",
     "save_figure",
+    "token_parts_chart",
 ]

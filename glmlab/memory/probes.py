@@ -134,6 +134,24 @@ class MemoryProbe:
                 {"index": gpu.index, "name": gpu.name, "total_mib": _ask_nvml(gpu)["total_mib"]} for gpu in self._gpus
             ]
 
+    def clocks(self) -> list[dict[str, Any]]:
+        """Index, name, sm_clock_mhz and temperature_c of each GPU at this moment; None where the driver does not tell.
+
+        Raises:
+            ProbeError: the driver went away.
+        """
+        nvml = _nvml()
+        with _driver_errors("while reading clocks"):
+            return [
+                {
+                    "index": gpu.index,
+                    "name": gpu.name,
+                    "sm_clock_mhz": _if_told(nvml.nvmlDeviceGetClockInfo, gpu.handle, nvml.NVML_CLOCK_SM),
+                    "temperature_c": _if_told(nvml.nvmlDeviceGetTemperature, gpu.handle, nvml.NVML_TEMPERATURE_GPU),
+                }
+                for gpu in self._gpus
+            ]
+
     def read(self) -> list[Reading]:
         """Read through gpustat, torch.cuda and the process; takes 100 ms per GPU.
 
@@ -213,6 +231,15 @@ def _ask_nvml(gpu: _Gpu) -> Figures:
         for process in listed:
             by_pid.setdefault(process.pid, mib(process.usedGpuMemory) if process.usedGpuMemory else None)
     return {"total_mib": mib(memory.total), "used_mib": mib(memory.used), **_by_process(list(by_pid.items()))}
+
+
+def _if_told(ask: Any, *arguments: Any) -> int | None:
+    """What a function of NVML answers; None where this GPU or this driver does not know it."""
+    nvml = _nvml()
+    try:
+        return int(ask(*arguments))
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
+        return None
 
 
 def _by_process(processes: Sequence[tuple[int, float | None]]) -> Figures:

@@ -57,7 +57,7 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
         'checkpoint -> ChatGLM3ForCausalLM on CPU'
     """
     provenance: dict[str, Any] = {
-        "date": _today(),
+        "date": today(),
         "model": _public_name(report.name),
         "load_path": _load_path(report),
         "weights": report.weights,
@@ -76,7 +76,7 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in ("glmlab", "gpustat")},
             **report.versions,
         },
-        "os": _operating_system(),
+        "os": operating_system(),
     }
     if probe.driver is not None:
         import torch
@@ -87,14 +87,14 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
     return provenance
 
 
-def _today() -> str:
+def today() -> str:
     """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH")
     moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
     return moment.isoformat(timespec="seconds")
 
 
-def _operating_system() -> str:
+def operating_system() -> str:
     """System, version and machine; of a kernel's name only the number, since the rest may name its owner."""
     version = re.match(r"[\d.]*", platform.release())
     return " ".join([platform.system(), version.group() if version else "", platform.machine()])

@@ -41,6 +41,7 @@ class Card(NamedTuple):
     architecture: str
     cuda_context_mib: float | None
     bandwidth_bytes_per_s: float | None
+    fp16_flops_per_s: float | None
     source: str
 
 
@@ -207,6 +208,7 @@ def cards() -> dict[str, Card]:
             bandwidth_bytes_per_s=(
                 None if pd.isna(row["bandwidth_bytes_per_s"]) else float(row["bandwidth_bytes_per_s"])
             ),
+            fp16_flops_per_s=None if pd.isna(row["fp16_flops_per_s"]) else float(row["fp16_flops_per_s"]),
             source=str(row["source"]),
         )
         for _, row in table.iterrows()

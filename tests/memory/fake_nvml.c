@@ -222,12 +222,16 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(Device *device, unsigned int *count
     return device->is_slice ? NOT_SUPPORTED : check(device);
 }
 
-/* ------------------------------------------------- what gpustat asks besides, and glmlab does not use */
+/* ------------------------------------------------- what gpustat asks besides; glmlab asks clock and temperature */
 
 int nvmlDeviceGetTemperature(Device *device, unsigned int sensor, unsigned int *degrees) {
     (void)sensor;
     *degrees = 40;
     return check(device);
+}
+int nvmlDeviceGetClockInfo(Device *device, unsigned int kind, unsigned int *mhz) {
+    *mhz = kind == 1 ? 1500 : 0; /* NVML_CLOCK_SM */
+    return device->is_slice ? NOT_SUPPORTED : check(device);
 }
 int nvmlDeviceGetFanSpeed(Device *device, unsigned int *speed) { (void)device; (void)speed; return NOT_SUPPORTED; }
 int nvmlDeviceGetUtilizationRates(Device *device, unsigned int *rates) { rates[0] = rates[1] = 0; return check(device); }

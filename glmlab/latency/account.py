@@ -1,0 +1,102 @@
+"""An account of the chapter's 1.5 s a token: what can be computed, what was measured here, and what is left.
+
+The chapter ran ChatGLM3-6B's original int4 code on a laptop GPU. What that code keeps in memory is known from its
+recorded trace; the card's bandwidth is published; what the log's polling costs, and what PyTorch's Python side costs a
+layer, is measured on this machine. Each row of the account says which of these it is.
+"""
+
+import pandas as pd
+
+from glmlab.errors import GlmlabError
+from glmlab.latency.roofline import card_rates
+from glmlab.memory.forecast import forecast
+from glmlab.memory.workload import Workload, find_card
+from glmlab.models.sizes import FLOAT_PRECISIONS
+from glmlab.units import MIB
+
+REPORTED_TOKEN_S = 1.5
+"""What the chapter reports for a token, "about"."""
+
+ORIGINAL_TRACE = "chatglm3-6b-original-int4"
+ORIGINAL_CARD = "RTX 4060 Laptop"
+ORIGINAL_LAYERS = 28
+
+PCIE_BYTES_PER_S = 8 * 16e9 / 8 * 128 / 130
+"""PCI Express 4.0 with 8 lanes: 16 GT/s a lane, 128 of 130 bits are data (PCI Express Base Specification 4.0)."""
+
+KINDS = ("floor", "estimated", "measured here", "unexplained")
+
+
+def chapter_account(
+    *, polling_s: float, launching_s_per_layer: float, spilled_bytes: float | None = None
+) -> pd.DataFrame:
+    """Split the chapter's time of a token into parts that add up to it.
+
+    Args:
+        polling_s: one ``gpustat --json`` process (``measure_polling``).
+        launching_s_per_layer: Python and launching of one decoder layer (``profile_token``).
+        spilled_bytes: weights that lie in host memory and cross PCI Express for every token; without it, what the
+            original code uses beyond the card's memory, which is nothing once it is loaded.
+
+    Returns:
+        One row a part: part, kind (one of :data:`KINDS`), seconds, share, how (the arithmetic in words). The last row
+        is the reported time less the others; it is negative where they explain more than was reported.
+
+    Raises:
+        GlmlabError: a negative time or size.
+
+    Example:
+        >>> account = chapter_account(polling_s=0.5, launching_s_per_layer=0.0002)
+        >>> round(float(account["seconds"].sum()), 9), account["kind"].iloc[-1]
+        (1.5, 'unexplained')
+    """
+    if min(polling_s, launching_s_per_layer, spilled_bytes or 0) < 0:
+        raise GlmlabError("times and sizes of an account are not negative.")
+    rates = card_rates(ORIGINAL_CARD)
+    bandwidth = rates.bandwidth_bytes_per_s
+    loaded = forecast(Workload.recorded(ORIGINAL_TRACE, turns="8:2"), seeds=()).table.iloc[0]
+    read_bytes = dequantised_bytes = 0.0
+    for component in ("attention", "mlp", "head", "norms"):
+        read_bytes += loaded[f"weights_{component}_mib"] * MIB
+    read_bytes += loaded["quantisation_state_mib"] * MIB
+    for component in ("attention", "mlp"):  # half a byte a weight becomes two
+        dequantised_bytes += loaded[f"weights_{component}_mib"] * MIB / 0.5 * FLOAT_PRECISIONS["fp16"].itemsize
+    if spilled_bytes is None:
+        spilled_bytes = max(0.0, loaded["used_mib"] - find_card(ORIGINAL_CARD).memory_mib) * MIB
+    rows = [
+        (
+            "floor: read the weights once",
+            "floor",
+            read_bytes / bandwidth,
+            f"{read_bytes / 1e9:.2f}e9 B (int4, head in fp16, no embedding table) at {bandwidth / 1e9:.0f}e9 B/s",
+        ),
+        (
+            "dequantise them to fp16, read those",
+            "estimated",
+            2 * dequantised_bytes / bandwidth,
+            f"{dequantised_bytes / 1e9:.2f}e9 B written and read again at the same rate",
+        ),
+        (
+            "weights in host memory",
+            "estimated",
+            spilled_bytes / PCIE_BYTES_PER_S,
+            f"{spilled_bytes / 1e9:.2f}e9 B over PCI Express 4.0 x8 at {PCIE_BYTES_PER_S / 1e9:.2f}e9 B/s",
+        ),
+        (
+            "Python and launching",
+            "measured here",
+            launching_s_per_layer * ORIGINAL_LAYERS,
+            f"{launching_s_per_layer * 1e3:.3f} ms a layer of the embedded model, times {ORIGINAL_LAYERS} layers",
+        ),
+        (
+            "the log: gpustat --json",
+            "measured here",
+            polling_s,
+            "one process for each streamed token",
+        ),
+    ]
+    explained_s = sum(row[2] for row in rows)
+    rows.append(("unexplained", "unexplained", REPORTED_TOKEN_S - explained_s, "what remains of the reported time"))
+    account = pd.DataFrame(rows, columns=["part", "kind", "seconds", "how"])
+    account.insert(3, "share", account["seconds"] / REPORTED_TOKEN_S)
+    return account

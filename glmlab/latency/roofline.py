@@ -1,0 +1,193 @@
+"""The floor under a decode step: no device makes a token in less time than it needs to read what the token needs.
+
+A token of one sequence reads every weight once (of the embedding table one row), reads the keys and values of all
+tokens before it, and writes its own; each weight takes part in one multiplication and one addition. Bytes over
+bandwidth and operations over peak rate are two times that run side by side, and the larger of them is the floor. With
+one sequence it is nearly always the bytes.
+
+Bandwidth and peak rate are a card's published figures (``data/gpus.csv``) or are measured on this machine.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+
+from glmlab.errors import GlmlabError
+from glmlab.memory.workload import find_card
+from glmlab.models.loading import build_skeleton
+from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
+from glmlab.units import MIB
+
+LARGE_BYTES = 256 * MIB
+"""A block that outgrows the caches of CPUs and GPUs."""
+
+_REPETITIONS = 7
+_MATRIX = 1024  # side of the square matrices whose product measures the peak rate
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device moves bytes and computes."""
+
+    device: str
+    bandwidth_bytes_per_s: float
+    flops_per_s: float | None
+    """Multiplications and additions a second; None where nobody says."""
+    source: str
+    """Where the two figures come from."""
+
+
+def card_rates(name: str) -> Rates:
+    """Published figures of a card; the peak rate is that of fp16 matrix products.
+
+    Raises:
+        WorkloadError: no such card.
+        GlmlabError: the card's bandwidth is not in data/gpus.csv.
+
+    Example:
+        >>> card_rates("RTX 4060 Laptop").bandwidth_bytes_per_s / 1e9
+        256.0
+    """
+    card = find_card(name)
+    if card.bandwidth_bytes_per_s is None:
+        raise GlmlabError(f"data/gpus.csv has no bandwidth of {card.name}. Add bandwidth_bytes_per_s and its source.")
+    return Rates(card.name, card.bandwidth_bytes_per_s, card.fp16_flops_per_s, card.source)
+
+
+def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES) -> Rates:
+    """Measure a device: the best of several runs, since a floor needs the most that it can do.
+
+    The peak rate is that of the fastest dtype, of fp32 and bf16.
+
+    Args:
+        device: "cpu" (with as many threads as torch is set to) or a CUDA device.
+        block_bytes: bytes that are read at a time. A block as large as what one token reads counts the caches that a
+            small model fits into; the default outgrows them.
+
+    Example:
+        >>> rates = measure_rates("cpu", block_bytes=2**20)
+        >>> rates.bandwidth_bytes_per_s > 1e6 and rates.flops_per_s > 1e6
+        True
+    """
+    bandwidth = measure_bandwidth(device, block_bytes=block_bytes)
+    flops = max(_measure_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    source = f"measured: a block of {block_bytes / MIB:.1f} MiB copied and read, a product of {_MATRIX} x {_MATRIX}"
+    return Rates(name, bandwidth, flops, source)
+
+
+def measure_bandwidth(device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES) -> float:
+    """Bytes a second that a device moves: the better of a copy, which counts as read and written, and of a sum.
+
+    A copy is what the STREAM benchmark and data sheets count; a sum only reads, as a decode step nearly does.
+
+    Args:
+        device: "cpu" or a CUDA device.
+        block_bytes: size of what is copied or summed.
+    """
+    source = torch.ones(block_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    n_bytes = source.numel() * 4
+    copied = 2 * n_bytes / _fastest_s(lambda: target.copy_(source), device)
+    read = n_bytes / _fastest_s(source.sum, device)
+    return max(copied, read)
+
+
+def _measure_flops(device: "str | torch.device", dtype: torch.dtype) -> float:
+    matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+    return 2 * _MATRIX**3 / _fastest_s(lambda: matrix @ matrix, device)
+
+
+def _fastest_s(run: Callable[[], object], device: "str | torch.device") -> float:
+    """Seconds of the fastest run; on a GPU between two CUDA events, so that launching does not count."""
+    on_cuda = torch.device(device).type == "cuda"
+    run()  # warm up
+    seconds: list[float] = []
+    for _ in range(_REPETITIONS):
+        if on_cuda:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize(device)
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        else:
+            started = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+def roofline(
+    config: Any, rates: Rates, *, precision: str, contexts: Sequence[int], dtype: torch.dtype | None = None
+) -> pd.DataFrame:
+    """Compute the least time of a decode step at several context lengths; batch of one, nothing is measured.
+
+    ``2 * layers * kv_heads * head_dim * element size`` bytes of keys and values a cached token; ``2`` operations a
+    weight of a linear layer and ``4 * layers * heads * head_dim`` a cached token (scores, and the sum of values).
+
+    Args:
+        config: of the model (``load_config``, or ``loaded.model.config``).
+        rates: of the device.
+        precision: one of PRECISIONS.
+        contexts: tokens that are cached before the step.
+        dtype: of what is not quantised, and of keys and values; for int8 and int4 fp16 without it.
+
+    Returns:
+        One row a context: context_tokens, weight_bytes, kv_read_bytes, kv_written_bytes, operations, memory_ms,
+        compute_ms (NaN where the peak rate is not known), floor_ms (the larger one), limited_by ("bytes" or
+        "operations").
+
+    Raises:
+        GlmlabError: an unknown precision.
+
+    Example:
+        >>> from glmlab.models.checkpoints import find_config
+        >>> from glmlab.models.loading import load_config
+        >>> config = load_config(find_config("chatglm3-6b"))
+        >>> floor = roofline(config, card_rates("RTX 4090"), precision="fp16", contexts=[0, 8192])
+        >>> floor["limited_by"].tolist(), floor["floor_ms"].round(1).tolist()
+        (['bytes', 'bytes'], [11.9, 12.1])
+    """
+    dtype = dtype or FLOAT_PRECISIONS.get(precision, torch.float16)
+    skeleton = build_skeleton(config)
+    weight_bytes = _weight_bytes(skeleton, precision, dtype)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    linear_weights = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear))
+    rows = []
+    for context in contexts:
+        n_bytes = weight_bytes + kv_bytes * (context + 1)
+        operations = 2 * linear_weights + 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * context
+        memory_ms = n_bytes / rates.bandwidth_bytes_per_s * 1e3
+        compute_ms = operations / rates.flops_per_s * 1e3 if rates.flops_per_s else float("nan")
+        rows.append(
+            {
+                "context_tokens": context,
+                "weight_bytes": weight_bytes,
+                "kv_read_bytes": kv_bytes * context,
+                "kv_written_bytes": kv_bytes,
+                "operations": operations,
+                "memory_ms": memory_ms,
+                "compute_ms": compute_ms,
+                "floor_ms": max(memory_ms, compute_ms) if rates.flops_per_s else memory_ms,
+                "limited_by": "operations" if compute_ms > memory_ms else "bytes",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _weight_bytes(skeleton: Any, precision: str, dtype: torch.dtype) -> int:
+    """Bytes of weights that one token reads: all but the embedding table, of which it reads a row.
+
+    A head that is tied to the table reads all of it.
+    """
+    sizes = predict_bytes(skeleton, precision, dtype)
+    table = skeleton.get_input_embeddings().weight
+    row_bytes = table.shape[1] * dtype.itemsize
+    is_tied = skeleton.get_output_embeddings().weight is table
+    return sum(sizes.values()) + int(row_bytes) - (0 if is_tied else sizes["embedding"])

@@ -1,0 +1,106 @@
+"""Figures of time: what is measured and what is computed look apart, bars are as long as their parts, words say it."""
+
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from glmlab.figures import (
+    COLORS,
+    FigureError,
+    account_chart,
+    first_token_curve,
+    latency_curve,
+    polling_chart,
+    token_parts_chart,
+)
+from glmlab.figures.latency import PART_COLORS
+from glmlab.latency.account import chapter_account
+from glmlab.latency.profile import PARTS
+
+
+@pytest.fixture
+def times() -> pd.DataFrame:
+    rows = [
+        {"precision": precision, "context_tokens": context, "token_ms": ms, "p10_ms": ms * 0.9, "p90_ms": ms * 1.2}
+        for precision, base in (("fp32", 2.0), ("int4", 3.0))
+        for context, ms in ((64, base), (1024, base * 2))
+    ]
+    return pd.DataFrame(rows).assign(floor_ms=0.5)
+
+
+def test_dots_are_measured_lines_are_floors(times):
+    above, below = latency_curve(times).axes
+    floors = [line for line in above.get_lines() if line.get_linestyle() == "-" and len(line.get_xdata()) == 2]
+    assert [line.get_ydata().tolist() for line in floors] == [[0.5, 0.5]] * 2
+    dots = [line for line in above.get_lines() if line.get_linestyle() == "None"]
+    assert [line.get_ydata().tolist() for line in dots] == [[2.0, 4.0], [3.0, 6.0]]
+    ratios = [line.get_ydata() for line in below.get_lines() if line.get_linestyle() == ":"]
+    assert [list(ratio) for ratio in ratios] == [[4.0, 8.0], [6.0, 12.0]]
+
+
+def test_the_curve_says_itself_in_words(times):
+    text = latency_curve(times).alt_text
+    assert "fp32: 2.00 ms at 64 tokens" in text
+    assert "4 to 12 times the floor" in text
+
+
+def test_series_by_another_column(times):
+    renamed = times.rename(columns={"precision": "way"}).replace({"fp32": "eager", "int4": "compiled"})
+    assert "eager: 2.00 ms" in latency_curve(renamed, by="way").alt_text
+
+
+def test_the_first_token_beside_what_would_be_in_proportion():
+    table = pd.DataFrame(
+        {"precision": "fp32", "prompt_tokens": [16, 64], "first_token_ms": [4.0, 10.0], "p10_ms": 3.0, "p90_ms": 12.0}
+    )
+    figure = first_token_curve(table)
+    (line,) = [line for line in figure.axes[0].get_lines() if line.get_linestyle() == "--"]
+    assert line.get_ydata().tolist() == [4.0, 16.0]
+    assert "fp32: 10 ms for 64 tokens" in figure.alt_text
+
+
+def test_every_part_has_a_colour_and_bars_are_as_long_as_the_step():
+    assert tuple(PART_COLORS) == PARTS
+    table = pd.DataFrame({"precision": "fp32", "part": PARTS, "ms": [0.2, 0.1, 0.1, 0.1, 1.0, 0.1, 0.05]})
+    figure = token_parts_chart(table)
+    bars = figure.axes[0].patches
+    assert max(bar.get_x() + bar.get_width() for bar in bars) == pytest.approx(table["ms"].sum())
+    assert "fp32: 1.65 ms, most of it Python and launching (61%)" in figure.alt_text
+
+
+def test_a_way_without_an_answer_is_hollow():
+    table = pd.DataFrame({"way": ["a", "b"], "poll_ms": [500.0, 0.02], "answers": [True, False]})
+    figure = polling_chart(table)
+    filled, hollow = figure.axes[0].patches
+    assert to_hex(filled.get_facecolor()) == COLORS["kv"]
+    assert to_hex(hollow.get_facecolor()) == "#ffffff"
+    assert "a: 500 ms; b: 0.02 ms, no driver" in figure.alt_text
+
+
+def test_the_waterfall_begins_each_part_where_the_last_one_ends():
+    account = chapter_account(polling_s=0.5, launching_s_per_layer=0.0002)
+    figure = account_chart(account)
+    axes = figure.axes[0]
+    ends = 0.0
+    for bar, seconds in zip(axes.patches, account["seconds"], strict=True):
+        assert bar.get_x() == pytest.approx(ends)
+        ends += seconds * 1e3
+    assert ends == pytest.approx(1500)
+    looks = {(to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in axes.patches}
+    assert len(looks) == 4  # floor, estimated, measured, unexplained
+    assert "unexplained (unexplained): " in figure.alt_text
+
+
+@pytest.mark.parametrize("draw", [latency_curve, first_token_curve, token_parts_chart, polling_chart, account_chart])
+def test_what_cannot_be_drawn_is_refused(draw, times):
+    with pytest.raises(FigureError, match="the table has no column"):
+        draw(pd.DataFrame({"nothing": []}))
+
+
+def test_no_rows_and_unknown_parts_are_refused(times):
+    with pytest.raises(FigureError, match="no rows to draw: measure something first"):
+        latency_curve(times.iloc[:0])
+    with pytest.raises(FigureError, match="part 'lunch' has no colour"):
+        token_parts_chart(pd.DataFrame({"precision": ["a"], "part": ["lunch"], "ms": [1.0]}))
+    with pytest.raises(FigureError, match="kind 'guessed' has no look"):
+        account_chart(pd.DataFrame({"part": ["a"], "kind": ["guessed"], "seconds": [1.0]}))
