@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,19 @@ def find_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
     return chosen or notebooks
 
 
+def read_notebook(path: Path) -> Any:
+    """Read a notebook.
+
+    Raises:
+        NotebookError: the file is not one.
+    """
+    try:
+        return nbformat.read(path, as_version=4)
+    except Exception as error:  # nbformat reads before it validates: a foreign file fails in many ways
+        cause = next(iter(str(error).splitlines()), type(error).__name__)
+        raise NotebookError(f"{path.name} is not a notebook ({cause}). Take it from the suite's checkout.") from error
+
+
 def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:
     """Run a notebook in its own folder from a fresh kernel and write the executed copy, also when a cell fails.
 
@@ -86,11 +100,7 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
         NotebookError: a parameter that the notebook does not have, no cell tagged ``parameters``, or a cell that
             failed, with notebook, cell number, first line and the error.
     """
-    try:
-        notebook = nbformat.read(source, as_version=4)
-    except Exception as error:  # nbformat reads before it validates: a foreign file fails in many ways
-        cause = next(iter(str(error).splitlines()), type(error).__name__)
-        raise NotebookError(f"{source.name} is not a notebook ({cause}). Take it from the suite's checkout.") from error
+    notebook = read_notebook(source)
     _inject(notebook, source, parameters)
     client = NotebookClient(
         notebook,
@@ -110,13 +120,13 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        _normalize(notebook)
+        normalize(notebook)
         failed = copy if copy != source else copy.with_suffix(".failed.ipynb")
         nbformat.write(notebook, failed)
         raise NotebookError(
             f"{_where(notebook, source)} failed: {_cause(error)}. Its outputs are in {failed}."
         ) from error
-    _normalize(notebook)
+    normalize(notebook)
     nbformat.write(notebook, copy)
     return Executed(source, copy, os.times().elapsed - started)
 
@@ -149,8 +159,19 @@ def _inject(notebook: Any, source: Path, parameters: Mapping[str, Any]) -> None:
     notebook.cells.insert(tagged[0] + 1, cell)
 
 
-def _normalize(notebook: Any) -> None:
-    """Leave out what differs between machines: the kernel's patch version, cell ids, timings."""
+def normalize(notebook: Any) -> None:
+    """Leave out what differs between two equal runs: the kernel's patch version, cell ids, addresses, live widgets.
+
+    Outputs keep one form of each picture: the copy of a PNG in HTML, with which JupyterLab shows its alt text, goes,
+    and the drawing that JupyterLab adds to a mermaid diagram.
+
+    Example:
+        >>> output = nbformat.v4.new_output("execute_result", {"text/plain": "<Styler at 0x7f02ab>"})
+        >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("table.style", outputs=[output])])
+        >>> normalize(notebook)
+        >>> notebook.cells[0].outputs[0].data
+        {'text/plain': '<Styler>'}
+    """
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -162,11 +183,25 @@ def _normalize(notebook: Any) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not _is_dead_widget(output)]
+            for output in cell.outputs:
+                _normalize_output(output, cell["id"])
 
 
 def _is_dead_widget(output: Any) -> bool:
     """Whether an output is a live widget (a slider, a progress bar), which shows nothing without its kernel."""
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def _normalize_output(output: Any, cell_id: str) -> None:
+    data = output.get("data", {})
+    if "image/png" in data:
+        data.pop("text/html", None)
+    if "text/vnd.mermaid" in data:
+        data.pop("image/svg+xml", None)
+    if "text/plain" in data:
+        data["text/plain"] = re.sub(r" at 0x[0-9a-f]+>", ">", data["text/plain"])
+    if "text/html" in data:  # pandas draws five hex digits for the tables of every Styler without a name
+        data["text/html"] = re.sub(r"\bT_[0-9a-f]{5}(?=[_\" ])", f"T_{cell_id}", data["text/html"])
 
 
 def _where(notebook: Any, source: Path) -> str:

@@ -52,7 +52,7 @@ class Stepper(widgets.VBox):  # type: ignore[misc]
         self.previous_button.on_click(lambda _: self._move(-1))
         self.next_button.on_click(lambda _: self._move(+1))
         self.temperature = widgets.FloatSlider(
-            value=1.0, min=0.1, max=3.0, step=0.05, description="temperature", continuous_update=True
+            value=1.0, min=0.1, max=3.0, step=0.05, description="temperature", style={"description_width": "initial"}
         )
         self.top_p = widgets.FloatSlider(value=1.0, min=0.05, max=1.0, step=0.05, description="top-p")
         self.recorded = widgets.HTML()
@@ -89,7 +89,7 @@ class Stepper(widgets.VBox):  # type: ignore[misc]
     def _text_html(self) -> str:
         """The text so far, the token of this step marked."""
         *before, last = self._texts[: self.position.value + 1]
-        marked = f'<mark style="background:{COLORS["kv"]};color:white">{escape(last)}</mark>'
+        marked = f'<mark style="background:{COLORS["kv"]};color:black">{escape(last)}</mark>'
         return f'<p style="font-size:115%">{escape("".join(before))}{marked}</p>'
 
     def _facts_html(self) -> str:
@@ -113,13 +113,16 @@ class Stepper(widgets.VBox):  # type: ignore[misc]
 def _panel_html(stage: str, lines: pd.DataFrame) -> str:
     """One stage: a bar a candidate."""
     body = "".join(
-        f'<tr><td style="padding-right:.6em">{escape(text)}</td><td style="width:8em">'
+        f'<tr><td style="padding-right:.6em">{escape(text)}</td><td style="width:6em">'
         f'<div style="background:{COLORS["kv" if chosen else "allocated"]};width:{100 * probability:.1f}%;height:.8em">'
         f'</div></td><td style="text-align:right">{probability:.3f}</td></tr>'
         for text, probability, chosen in zip(lines["text"], lines["probability"], lines["chosen"], strict=True)
     )
     caption = f"{escape(stage)}: {lines['survivors'].iloc[0]:,} survive"
-    return f"<table><caption>{caption}</caption><tbody>{body}</tbody></table>"
+    return (
+        f'<table style="line-height:1.5"><caption style="white-space:nowrap">{caption}</caption>'
+        f"<tbody>{body}</tbody></table>"
+    )
 
 
 def _cache_html(table: pd.DataFrame, position: int) -> str:

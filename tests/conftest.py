@@ -1,16 +1,43 @@
 """Fixtures that several test files share."""
 
+import re
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import lab_driver
+import nbformat
 import pytest
 import torch
+from playwright.sync_api import Browser, sync_playwright
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from glmlab import load_model
+from glmlab.memory.forecast import forecast
+from glmlab.memory.workload import Workload
 from glmlab.models.loading import LoadedModel
+from glmlab.notebooks import execute_notebook, normalize
 from glmlab.resources import data_path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+class _ByNotebook(LoadScopeScheduling):
+    """All tests of a notebook go to one worker, so that it runs once; every other test goes where there is room.
+
+    (xdist's own ``loadgroup`` marks node ids, which pytest 9 no longer lets it.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
+        return notebook[1] if notebook else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    return _ByNotebook(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +73,71 @@ def checkpoint(tmp_path: Path) -> Path:
     folder = tmp_path / "checkpoint"
     shutil.copytree(data_path("tiny-chatglm3"), folder, ignore=shutil.ignore_patterns("recipe"))
     return folder
+
+
+@pytest.fixture(scope="session", params=lab_driver.NOTEBOOKS)
+def notebook_path(request: pytest.FixtureRequest) -> Path:
+    """Every committed notebook in turn; the tests of one stay on one worker, so that it runs once."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def _compiled_replay() -> None:
+    """Compile the replay once; on a new machine the first notebook to need it would say that it does."""
+    forecast(Workload.recorded("chatglm3-6b-original-int4", turns="8:2"), seeds=())
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
+    """JupyterLab as ``make lab`` starts it, on a copy of the notebooks."""
+    if lab_driver.CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    with lab_driver.running_lab(tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def browser(lab: lab_driver.Lab) -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
+
+
+@pytest.fixture(scope="session")
+def in_lab(
+    lab: lab_driver.Lab, browser: Browser, notebook_path: Path, _compiled_replay: None
+) -> Iterator[lab_driver.OpenNotebook]:
+    """The notebook in JupyterLab, run by Run > Run All Cells, and photographed."""
+    with lab_driver.open_notebook(browser, lab, notebook_path.name) as notebook:
+        notebook.run_all()
+        notebook.screenshot()
+        yield notebook
+
+
+@dataclass(frozen=True)
+class FreshRun:
+    """A notebook run from a fresh kernel: what it shows now, and the folder of its figures."""
+
+    content: nbformat.NotebookNode
+    figures: Path
+
+
+@pytest.fixture(scope="session")
+def fresh_run(
+    request: pytest.FixtureRequest,
+    notebook_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    _compiled_replay: None,
+) -> FreshRun:
+    """One run of the notebook for all tests: in JupyterLab where chromium is installed, else by nbclient."""
+    if lab_driver.CHROMIUM:
+        opened = request.getfixturevalue("in_lab")
+        normalize(opened.content)
+        return FreshRun(opened.content, opened.lab.folder / "figures")
+    folder = tmp_path_factory.mktemp(notebook_path.stem)
+    shutil.copytree(notebook_path.parent, folder / "notebooks")
+    executed = folder / "executed.ipynb"
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in lab_driver.WITHOUT_GPU.items():
+            environment.setenv(name, value)
+        execute_notebook(folder / "notebooks" / notebook_path.name, executed, {})
+    return FreshRun(nbformat.read(executed, as_version=4), folder / "figures")

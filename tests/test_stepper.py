@@ -41,7 +41,7 @@ def test_it_shows_the_step_it_stands_on(walk, steps):
     assert "step 3 (decode)" in shown
     assert f"KV cache: {steps[3].context_length} tokens" in shown
     for stage in ("logits", "temperature", "top-k: 20 survive", "top-p"):
-        assert f"<caption>{stage}" in shown
+        assert f">{stage}" in shown
     assert "goes on" in shown
     walk.position.value = 5
     assert "stops: length" in walk.recorded.value
@@ -58,13 +58,13 @@ def test_play_is_linked_to_the_slider(walk):
 
 def test_sliders_weigh_the_recorded_logits_without_the_model(walk, embedded, monkeypatch):
     monkeypatch.setattr(type(embedded.model), "forward", lambda *_, **__: pytest.fail("the model ran"))
-    assert "<caption>logits" in walk.reweighed.value
+    assert ">logits: " in walk.reweighed.value
     assert "temperature" not in walk.reweighed.value
     walk.temperature.value = 2.0
     hot = walk.reweighed.value
-    assert "<caption>temperature" in hot
+    assert ">temperature: " in hot
     walk.top_p.value = 0.3
-    assert "<caption>top-p" in walk.reweighed.value
+    assert ">top-p: " in walk.reweighed.value
     walk.temperature.value = 0.2
     assert walk.reweighed.value != hot
 

@@ -6,6 +6,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -94,11 +95,35 @@ class SuiteFigure(Figure):
         png = BytesIO()
         with matplotlib.rc_context(STYLE):
             self.savefig(png, format="png", dpi=_SCREEN_DPI, metadata=_metadata("png", "figure"))
-        width, height = (inches * 96 for inches in self.get_size_inches())
-        return (
-            {"image/png": b64encode(png.getvalue()).decode("ascii"), "text/plain": self.alt_text},
-            {"image/png": {"alt": self.alt_text, "width": int(width), "height": int(height)}},
-        )
+        width, height = (int(inches * 96) for inches in self.get_size_inches())
+        return picture_bundle(png.getvalue(), self.alt_text, width, height)
+
+
+def picture_bundle(png: bytes, alt: str, width: int, height: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A PNG as a notebook's output (data and metadata), with its alt text wherever the notebook is shown.
+
+    nbconvert reads the alt text from the metadata. JupyterLab does not, and prefers the same picture in HTML.
+
+    Args:
+        png: the file's bytes.
+        alt: the picture in words.
+        width: in CSS pixels, as it is shown.
+        height: likewise.
+
+    Example:
+        >>> data, metadata = picture_bundle(b"...", "Memory < 8 GiB", 604, 441)
+        >>> data["text/html"]
+        '<img src="data:image/png;base64,Li4u" alt="Memory &lt; 8 GiB" width="604" height="441" style="height:auto">'
+    """
+    encoded = b64encode(png).decode("ascii")
+    html = (
+        f'<img src="data:image/png;base64,{encoded}" alt="{escape(alt)}" width="{width}" height="{height}" '
+        'style="height:auto">'
+    )
+    return (
+        {"image/png": encoded, "text/html": html, "text/plain": alt},
+        {"image/png": {"alt": alt, "width": width, "height": height}},
+    )
 
 
 def save_figure(

@@ -342,13 +342,15 @@ class ClassGraph:
             >>> print(build_graph([ClassNode("A", "m", (), ("A",), (Member("run"),))], roots=["A"]).to_mermaid())
             %%{init: {"class": {"hideEmptyMembersBox": true}}}%%
             classDiagram
+                accTitle: ClassGraph of A; 1 classes, 0 arrows
                 direction BT
                 class A["A"] {
                     run()
                 }
         """
         ids = {node.name: _identifier(node.name) for node in self.nodes}
-        lines = ['%%{init: {"class": {"hideEmptyMembersBox": true}}}%%', "classDiagram", "    direction BT"]
+        lines = ['%%{init: {"class": {"hideEmptyMembersBox": true}}}%%', "classDiagram"]
+        lines += [f"    accTitle: {repr(self).replace(':', ';')}", "    direction BT"]  # the picture's alt text
         for node in self.nodes:
             inside = [f"<<{node.kind}>>"] if node.kind != "class" else []
             inside += [_mermaid_text(part.label) for part in self.shown_parts(node)]
