@@ -226,10 +226,14 @@ def compare(
     ] = None,
 ) -> None:
     """Lay the forecast over recordings, and say how far it is off."""
+    from glmlab.memory.accuracy import error_table
     from glmlab.memory.comparison import compare as run
 
-    for comparison in run(recordings or [], log=log):
+    compared = run(recordings or [], log=log)
+    for comparison in compared:
         typer.echo(str(comparison))
+    if recordings:
+        typer.echo(error_table(compared[: len(recordings)]).to_string(index=False))
 
 
 @app.command()

@@ -7,9 +7,10 @@ unknowns: the tokens a character, and the context. Nothing else is fitted, and w
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,11 @@ CHAPTER_TRACE = "chatglm3-6b-original-int4"
 
 TOKENS_PER_CHARACTER = (0.3, 1.5, 0.005)
 """Lowest, highest and step of the ratios tried: Chinese text has 0.5 to 0.8 tokens a character, English 0.2 to 0.4."""
+
+_ARCHITECTURES = {
+    "7.0": "volta", "7.5": "turing", "8": "ampere", "8.9": "ada", "9": "hopper", "10": "blackwell", "12": "blackwell",
+}  # fmt: skip
+"""Architecture by CUDA's compute capability, whole or its first number."""
 
 _LINE = re.compile(r"\s*(\d{1,15})\s*,\s*(\d{1,15}(?:\.\d+)?)\s*")
 
@@ -226,22 +232,44 @@ def workload_of(recording: Curve) -> Workload:
     turns = [Turn(int(prompt), int(generated)) for prompt, generated in last.itertuples(index=False) if generated > 0]
     if not turns:
         raise ComparisonError(f"{recording.label}: the recording has no turn yet.")
-    workload = Workload.of(
-        str(notes["model"]), turns=turns, precision=str(notes["precision"]), attention=str(notes["attention"])
-    )
+    return workload_of_notes(recording.label, notes, turns)
+
+
+def workload_of_notes(label: str, notes: Mapping[str, Any], turns: Sequence[tuple[int, int]]) -> Workload:
+    """Workload of a measured run, from its provenance and its turns in tokens.
+
+    Raises:
+        ComparisonError: a field of the provenance has the wrong type.
+    """
     gpus = notes.get("gpus") or []
     if not isinstance(gpus, list) or not all(isinstance(gpu, dict | str) for gpu in gpus):
         raise ComparisonError(
-            f"{recording.label}: the recording's gpus are {gpus!r}, not a list of names. Mend its .json, or give the "
-            "workload."
+            f"{label}: the recording's gpus are {gpus!r}, not a list of names. Mend its .json, or give the workload."
         )
+    static_tokens = notes.get("static_tokens", 0)
+    if not isinstance(static_tokens, int):
+        raise ComparisonError(f"{label}: static_tokens is {static_tokens!r}, not a number of tokens. Mend its .json.")
+    workload = Workload.of(
+        str(notes["model"]),
+        turns=turns,
+        precision=str(notes["precision"]),
+        attention=str(notes["attention"]),
+        weights=str(notes.get("weights", "checkpoint")),
+        cache=str(notes.get("cache", "dynamic")),
+        static_tokens=static_tokens,
+    )
+    architecture = _architecture(gpus, str(notes.get("compute_capability", "")))
+    return replace(workload, architecture=architecture) if architecture else workload
+
+
+def _architecture(gpus: Sequence[Any], compute_capability: str) -> str:
+    """Architecture of the first known card, else of the compute capability; "" where neither is known."""
     for gpu in gpus:
         try:
-            card = find_card(str(gpu.get("name") if isinstance(gpu, dict) else gpu))
+            return find_card(str(gpu.get("name") if isinstance(gpu, dict) else gpu)).architecture
         except WorkloadError:
             continue
-        return replace(workload, architecture=card.architecture)
-    return workload
+    return _ARCHITECTURES.get(compute_capability, _ARCHITECTURES.get(compute_capability.partition(".")[0], ""))
 
 
 def _one_turn(workload: Workload, tokens: int) -> Workload:

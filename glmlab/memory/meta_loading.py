@@ -21,7 +21,13 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from glmlab.memory.allocation_recorder import META, AllocationRecorder
 from glmlab.memory.allocation_trace import WARM_UP, TraceError
-from glmlab.models.loading import quantization_config_of
+from glmlab.models.loading import (
+    build_random_float,
+    fill_random_quantised,
+    quantised_int8,
+    quantised_skeleton,
+    quantization_config_of,
+)
 from glmlab.models.sizes import (
     BLOCK_4BIT,
     FLOAT_PRECISIONS,
@@ -105,6 +111,23 @@ def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, store
     return model.eval()
 
 
+def build_random_on_meta(recorder: AllocationRecorder, config: Any, precision: str, dtype: torch.dtype) -> Any:
+    """Build a model with random weights as :func:`~glmlab.models.loading.load_model` does; return it.
+
+    Args:
+        recorder: its current row is the loading.
+        config: of the model.
+        precision: as in :class:`~glmlab.memory.workload.Workload`.
+        dtype: of everything that is not quantised.
+    """
+    if precision in FLOAT_PRECISIONS:
+        return build_random_float(config, dtype, META)
+    with recorder.pause():
+        skeleton = quantised_skeleton(config, precision, dtype)
+    with _quantising_on_meta():
+        return fill_random_quantised(skeleton, config, dtype, META)
+
+
 def owner_of_loaded(recorder: AllocationRecorder, model: nn.Module) -> dict[int, str]:
     """Owner of every allocation that holds a parameter, a buffer or quantisation state of the loaded model."""
     owners: dict[int, str] = {}
@@ -160,7 +183,6 @@ def _one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def _quantising_on_meta() -> Iterator[None]:
     """Let bitsandbytes quantise on its way to "meta", which it takes for a model without weights otherwise."""
-    import bitsandbytes
     from bitsandbytes.nn import Int8Params, Params4bit
 
     to_4bit, to_int8 = Params4bit.to, Int8Params.to
@@ -172,9 +194,7 @@ def _quantising_on_meta() -> Iterator[None]:
         if self.data.dtype == torch.int8 or self.data.device.type != "cpu":
             return to_int8(self, *args, **kwargs)
         # Int8Params._quantize, whose last step (self.data = CB) PyTorch refuses from host to meta
-        weight = self.data.contiguous().to(device=META, dtype=torch.float16)
-        rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
-        return Int8Params(rows, requires_grad=False, has_fp16_weights=self.has_fp16_weights, CB=rows, SCB=scales)
+        return quantised_int8(self.data.contiguous().to(device=META, dtype=torch.float16))
 
     Params4bit.to, Int8Params.to = quantise_4bit, quantise_int8
     try:

@@ -44,7 +44,7 @@ from glmlab.memory.allocation_trace import (
     read_trace,
 )
 from glmlab.memory.device_effects import EFFECTS, FUSED_4BIT_ROWS, DeviceRules
-from glmlab.memory.meta_loading import dtype_of, load_on_meta, owner_of_loaded
+from glmlab.memory.meta_loading import build_random_on_meta, dtype_of, load_on_meta, owner_of_loaded
 from glmlab.memory.trace_building import Step, build_trace
 from glmlab.memory.workload import Workload, WorkloadError
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
@@ -63,6 +63,11 @@ MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
 
 _CODE_FOLDERS = ("models", "generation", "memory")
 """Parts of the package whose code can shape a trace: an edit there makes cached traces anew."""
+
+_LOADING = {
+    "checkpoint": "loaded by from_pretrained(device_map=...)",
+    "random": "built from the config with random weights",
+}
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
@@ -134,6 +139,7 @@ def _settings(workload: Workload) -> dict[str, Any]:
     return {
         "precision": workload.precision,
         "attention": workload.attention,
+        "weights": workload.weights,
         "cache": workload.cache,
         "static_tokens": static_tokens,
         "batch": workload.batch,
@@ -288,7 +294,10 @@ class _Run:
         operations = {**self.device.operations(), **self.scalars.rules()}
         recorder.begin("load")
         with record_allocations(recorder, operations=operations, functions=self.device.functions()):
-            self.model = load_on_meta(recorder, self.model, workload.precision, self.stored_dtype)
+            if workload.weights == "random":
+                self.model = build_random_on_meta(recorder, self.config, workload.precision, self.model.dtype)
+            else:
+                self.model = load_on_meta(recorder, self.model, workload.precision, self.stored_dtype)
             self.owners = owner_of_loaded(recorder, self.model)
             trace_building.check_loaded(recorder, self.owners)
             if workload.all_logits:
@@ -303,8 +312,8 @@ class _Run:
             context_limit=int(self.config.max_position_embeddings),
             first_prompt_min=2,
             later_prompt_min=2,
-            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, loaded by "
-            "from_pretrained(device_map=...), then turns of greedy decode_steps over one kept cache; recorded on the "
+            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
+            f"{_LOADING[workload.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
             "meta device",
             workload={name: value for name, value in self.settings.items() if name not in ("config", "name")},
             versions=_versions(),

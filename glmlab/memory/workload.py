@@ -21,6 +21,7 @@ EmptyCache = Literal["load", "turn"]
 
 ATTENTIONS = ("sdpa", "eager")
 CACHES = ("dynamic", "static")
+WEIGHTS = ("checkpoint", "random")
 KEEPS = ("logits", "previous cache")
 EMPTY_CACHE_MOMENTS = ("load", "turn")
 ARCHITECTURES = ("volta", "turing", "ampere", "ada", "hopper", "blackwell")
@@ -65,6 +66,7 @@ class Workload:
     recorded_trace: str = ""
     precision: str = "fp16"  # fp32, fp16, bf16, int8 or int4 (bitsandbytes; int4 is nf4)
     attention: Attention = "sdpa"
+    weights: Literal["checkpoint", "random"] = "checkpoint"  # as load_model's; each is loaded another way
     cache: CacheKind = "dynamic"
     static_tokens: int = 0  # length of a static cache; 0 = the context that the turns reach
     batch: int = 1
@@ -84,6 +86,7 @@ class Workload:
             _one_of("precision", self.precision, PRECISIONS)
         _one_of("attention", self.attention, ATTENTIONS)
         _one_of("cache", self.cache, CACHES)
+        _one_of("weights", self.weights, WEIGHTS)
         for kept in self.keeps:
             _one_of("keeps", kept, KEEPS)
         for moment in self.empty_cache:

@@ -484,13 +484,33 @@ def _first_lines(error: Exception) -> str:
 
 
 def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build from the config, straight on the device; quantised layers one after the other, so none is whole in fp16."""
-    torch.manual_seed(0)
+    """Build from the config, straight on the device."""
     if precision in FLOAT_PRECISIONS:
-        with device:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return build_random_float(config, dtype, device)
+    return fill_random_quantised(quantised_skeleton(config, precision, dtype), config, dtype, device)
 
-    import bitsandbytes
+
+def build_random_float(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a model with random weights in a float precision, every tensor made on the device.
+
+    Example:
+        >>> config = load_config(find_config("chatglm3-6b"))
+        >>> build_random_float(config, torch.float16, torch.device("meta")).lm_head.weight.dtype
+        torch.float16
+    """
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def quantised_skeleton(config: Any, precision: str, dtype: torch.dtype) -> Any:
+    """Return the model on the meta device, its linear layers but the head replaced by those of bitsandbytes.
+
+    Example:
+        >>> skeleton = quantised_skeleton(load_config(find_config("chatglm3-6b")), "int8", torch.float16)
+        >>> type(skeleton.model.layers[0].mlp.down_proj).__name__
+        'Linear8bitLt'
+    """
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
@@ -499,6 +519,14 @@ def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch
     replace_with_bnb_linear(
         model, modules_to_not_convert=kept, quantization_config=quantization_config_of(precision, dtype)
     )
+    return model
+
+
+def fill_random_quantised(model: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Give a :func:`quantised_skeleton` random weights on the device, layer by layer: none but one is whole in fp16."""
+    import bitsandbytes
+
+    torch.manual_seed(0)
     for module in list(model.modules()):
         for key, parameter in list(module._parameters.items()):
             if parameter is None:
@@ -510,12 +538,20 @@ def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch
                     values, requires_grad=False, quant_type="nf4", compress_statistics=False, module=module
                 ).to(device)
             elif isinstance(parameter, bitsandbytes.nn.Int8Params):
-                module._parameters[key] = bitsandbytes.nn.Int8Params(values, requires_grad=False).to(device)
+                module._parameters[key] = quantised_int8(values)
             else:
                 module._parameters[key] = nn.Parameter(values, requires_grad=False)
     _rebuild_buffers(model, config, device)
     model.tie_weights()
     return model.eval()
+
+
+def quantised_int8(weight: torch.Tensor) -> Any:
+    """Quantise a weight where it lies; ``Int8Params.to`` would do so only on the way from the CPU to a GPU."""
+    import bitsandbytes
+
+    rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return bitsandbytes.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
 
 
 def _fill(values: torch.Tensor, config: Any) -> None:

@@ -4,7 +4,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from glmlab.memory.allocation_trace import AllocationTrace, Turn
 from glmlab.memory.allocator import Block, CachingAllocator, Pool
+from glmlab.memory.replay import _ReadableRun
 from glmlab.memory.settings import DEFAULT_POOL, AllocatorSettings, OutOfMemory
 from glmlab.units import MIB
 
@@ -108,3 +110,18 @@ class RecordedDevice(CachingAllocator):
                 "roundup_power2_divisions": {str(1 << i): d for i, d in enumerate(chosen.power2_divisions)},
             }
         return made
+
+
+def traced_snapshot(trace: AllocationTrace, turn: Turn, scratch_bytes: int = 0) -> dict[str, Any]:
+    """The snapshot that a GPU would give of loading and one turn, if the trace told all but scratch in each row."""
+    device = RecordedDevice()
+    run = _ReadableRun(trace.program, device)
+    names = ["load", *map(str, range(turn.generated)), "end"]
+    for name, row in zip(names, trace.schedule([turn]).tolist(), strict=True):
+        if scratch_bytes:
+            device.note = f"{name}|model.layers.3.mlp"
+            device.frames = [{"name": "at::_ops::sort::call(at::Tensor const&)", "filename": "/home/somebody/x.cpp"}]
+            device.free(device.malloc(scratch_bytes))
+        device.note, device.frames = f"{name}|", []
+        run.step(*row)
+    return device.snapshot()

@@ -294,3 +294,12 @@ def test_auto_takes_the_largest_precision_that_fits(monkeypatch, free_gib, chose
     monkeypatch.setattr(loading, "_free_bytes", lambda device: int(free_gib * GIB))
     skeleton = build_skeleton(load_config(find_config("chatglm3-6b")))
     assert loading._choose_precision("chatglm3-6b", skeleton, "auto", torch.device("cpu")) == chosen
+
+
+def test_attention_is_chosen_when_loading() -> None:
+    for weights in ("checkpoint", "random"):
+        for attention in ("eager", "sdpa"):
+            loaded = load_model(precision="fp32", device="cpu", weights=weights, attention=attention)  # type: ignore[arg-type]
+            assert loaded.report.attention == loaded.model.config._attn_implementation == attention
+    with pytest.raises(LoadError, match=r"attention='flash' is not known\. Use 'sdpa' or 'eager'"):
+        load_model(attention="flash")

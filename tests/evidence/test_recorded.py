@@ -1,0 +1,119 @@
+"""What is recorded in ``data`` holds: replay, tracer and forecast against real GPUs, on any machine.
+
+Nothing is recorded yet. The same checks run on files made from a forecast, right ones and wrong ones, so that they are
+known to work, and to fail, before the first recording comes.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_device import traced_snapshot
+
+from glmlab.evidence.plan import SNAPSHOT_TURN
+from glmlab.memory.accuracy import error_table
+from glmlab.memory.allocation_trace import Turn
+from glmlab.memory.comparison import workload_of_notes
+from glmlab.memory.curve import Curve, read_curve
+from glmlab.memory.forecast import forecast
+from glmlab.memory.sequence import compare_sequence
+from glmlab.memory.snapshot_stripping import MOST_FILE_BYTES, save_stripped, strip
+from glmlab.memory.snapshots import read_snapshot, replay_snapshot
+from glmlab.memory.tracing import trace
+from glmlab.memory.workload import Workload
+from glmlab.resources import data_path
+
+NOTES = {
+    "model": str(data_path("tiny-chatglm3")), "precision": "fp16", "attention": "sdpa", "weights": "random",
+    "cache": "dynamic", "gpus": [{"index": 0, "name": "NVIDIA H200", "total_mib": 143771.0}], "driver": "999",
+    "compute_capability": "9.0", "date": "2026-01-02", "versions": {"torch": "2"}, "turns": [list(SNAPSHOT_TURN)],
+    "command": "glmlab evidence snapshot-tiny",
+}  # fmt: skip
+
+
+def check_provenance(notes: Any) -> None:
+    assert {"model", "precision", "gpus", "driver", "versions", "date"} <= set(notes)
+    assert re.match(r"glmlab evidence \S+$", notes["command"])
+    assert notes["gpus"]
+
+
+def check_snapshot(path: Path) -> None:
+    assert path.stat().st_size < MOST_FILE_BYTES
+    snapshot = read_snapshot(path)
+    notes = snapshot.provenance
+    check_provenance(notes)
+    report = replay_snapshot(snapshot)
+    assert report.is_equal, f"{path.name}: {report}"
+    workload = workload_of_notes(path.name, notes, notes["turns"])
+    compared = compare_sequence(trace(workload), snapshot)
+    assert compared.is_equal, f"{path.name}: {compared}"
+
+
+def check_recordings(curves: list[Curve]) -> None:
+    for curve in curves:
+        check_provenance(curve.provenance)
+    table = error_table(curves)
+    assert table["holds"].all(), table.to_string()
+
+
+def test_every_recorded_snapshot_is_what_allocator_and_tracer_say() -> None:
+    paths = sorted(data_path("snapshots").glob("*.json.gz"))
+    if not paths:
+        pytest.skip("no snapshot is recorded yet: make gpu-evidence, on a machine with an NVIDIA GPU")
+    for path in paths:
+        check_snapshot(path)
+
+
+def test_every_recording_is_what_the_forecast_says() -> None:
+    curves = [read_curve(path) for path in sorted(data_path("recordings").glob("*.csv"))]
+    curves = [curve for curve in curves if str(curve.provenance.get("command", "")).startswith("glmlab evidence")]
+    if not curves:
+        pytest.skip("no recording is made yet: make gpu-evidence, on a machine with an NVIDIA GPU")
+    check_recordings(curves)
+
+
+# ---------------------------------------------------------------- the checks themselves, on files made from a forecast
+
+
+def workload() -> Workload:
+    return workload_of_notes("made up", NOTES, [SNAPSHOT_TURN])
+
+
+def test_snapshot_that_the_trace_explains_passes_and_one_with_scratch_does_not(tmp_path: Path) -> None:
+    told = trace(workload())
+    check_snapshot(save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN), NOTES), tmp_path / "good.json.gz"))
+
+    scratch = save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN, 4096), NOTES), tmp_path / "scratch.json.gz")
+    with pytest.raises(AssertionError, match=r"scratch.json.gz: .*\n.*recorded alone: .* sort in model.layers"):
+        check_snapshot(scratch)
+
+
+def test_snapshot_whose_addresses_are_not_the_allocators_does_not_pass(tmp_path: Path) -> None:
+    snapshot = traced_snapshot(trace(workload()), SNAPSHOT_TURN)
+    events = snapshot["device_traces"][0]
+    freed = {event["addr"] for event in events if event["action"] == "free_completed"}
+    moved = next(event for event in events if event["action"] == "alloc" and event["addr"] in freed)
+    for event in events:
+        if event["addr"] == moved["addr"] and event["action"] != "segment_alloc":
+            event["addr"] += 512
+    with pytest.raises(AssertionError, match="moved.json.gz: device 0"):
+        check_snapshot(save_stripped(strip(snapshot, NOTES), tmp_path / "moved.json.gz"))
+
+
+def test_recording_with_a_wrong_curve_does_not_pass() -> None:
+    turns = replace(workload(), turns=(Turn(8, 500),))
+    table = forecast(turns, seeds=()).table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
+    table["prompt_tokens"], table["generated_tokens"] = 8, table["step"]
+    check_recordings([Curve(table, NOTES, kind="measured", label="right")])
+
+    table.loc[300:, "reserved_mib"] += 40
+    with pytest.raises(AssertionError, match="wrong"):
+        check_recordings([Curve(table, NOTES, kind="measured", label="wrong")])
+
+
+def test_evidence_without_provenance_does_not_pass() -> None:
+    for lost in ("driver", "gpus", "versions"):
+        with pytest.raises(AssertionError):
+            check_provenance({name: value for name, value in NOTES.items() if name != lost})
