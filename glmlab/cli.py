@@ -289,6 +289,33 @@ def notebooks(
 
 
 @app.command()
+def figures(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="figures, such as why_the_curve_bends; default: all")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="the folder they go into")] = Path("figures"),
+    formats: Annotated[str, typer.Option("--format", help="pdf, svg, png, with commas between")] = "pdf,svg,png",
+    style: Annotated[str, typer.Option(help="paper, slide or web")] = "paper",
+    width: Annotated[str | None, typer.Option(help="width of every figure, such as 86mm; default: its own")] = None,
+    lang: Annotated[str, typer.Option(help="en or zh (traditional Chinese)")] = "en",
+) -> None:
+    """Make every figure of the suite for a text, each with data, caption, alternative text and provenance."""
+    from glmlab.figures.settings import parse_width
+    from glmlab.gallery import make_figures
+
+    made = make_figures(
+        out,
+        names or [],
+        formats=[name.strip() for name in formats.split(",")],
+        style=style,
+        width_mm=None if width is None else parse_width(width),
+        lang=lang,
+    )
+    for figure in made:
+        typer.echo(str(figure))
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="where the values go, as JSON")] = Path("build/bench.json"),
     repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,

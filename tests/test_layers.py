@@ -16,7 +16,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("memory",),
     ("latency",),
     ("structure", "figures", "stepper"),
-    ("notebooks", "doctor", "bench", "evidence"),
+    ("notebooks", "doctor", "bench", "evidence", "gallery"),
     ("contents",),
     ("cli",),
     ("__main__",),

@@ -5,12 +5,15 @@ as a solid line, what others reported as hollow markers; a memory component has 
 """
 
 from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
-from glmlab.figures.forecast import component_chart, components, pool_map
+from glmlab.figures.forecast import component_chart, components, pool_map, segments_table
 from glmlab.figures.latency import account_chart, first_token_curve, latency_curve, polling_chart, token_parts_chart
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
+from glmlab.figures.module_tree import module_tree_figure
 from glmlab.figures.prompts import format_figure, growth_figure, printable, prompt_figure, roles_figure
-from glmlab.figures.structure import class_diagram, module_tree_figure
-from glmlab.figures.style import COLORS, FORMATS, STYLE, FigureError, SuiteFigure, save_figure
+from glmlab.figures.saving import FORMATS, save_figure
+from glmlab.figures.settings import FigureError, figure_settings
+from glmlab.figures.structure import class_diagram
+from glmlab.figures.style import COLORS, STYLE, SuiteFigure
 
 __all__ = [
     "COLORS",
@@ -25,6 +28,7 @@ __all__ = [
     "components",
     "curves_table",
     "decode_strip",
+    "figure_settings",
     "first_token_curve",
     "format_figure",
     "growth_figure",
@@ -39,5 +43,6 @@ __all__ = [
     "prompt_figure",
     "roles_figure",
     "save_figure",
+    "segments_table",
     "token_parts_chart",
 ]

@@ -1,22 +1,26 @@
 """One decode step in pictures: all steps of a run, the candidates behind each warper, the logit lens."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from glmlab.figures.style import COLORS, STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError, current_settings, pt, tr, tr_label
+from glmlab.figures.style import COLORS, STYLE, SuiteFigure, drawing, ink_on, text_width_in
 from glmlab.units import MIB
 
-_LABELLED_STEPS = 48  # more tokens than these cannot be read side by side
+_WIDTH_IN = 6.3
+_STEPS_AN_INCH = 7.6  # more tokens than these cannot be read side by side
+_PANEL_IN = 1.0  # least width of a panel of candidates
 _ACTS = {
-    "forward_ms": ("1 forward pass", COLORS["allocated"]),
-    "choose_ms": ("2 choose", COLORS["kv copies"]),
-    "stop_check_ms": ("4 stop check", COLORS["slack large"]),
+    "forward_ms": ("1 forward pass", COLORS["allocated"], ""),
+    "choose_ms": ("2 choose", COLORS["kv copies"], "////"),
+    "stop_check_ms": ("4 stop check", COLORS["slack large"], "...."),
 }
 _CHOSEN = COLORS["kv"]
 
@@ -42,55 +46,68 @@ def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
     if steps.empty:
         raise FigureError("no steps to draw: generate at least one token.")
     x = np.arange(len(steps))
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 5.4), layout="constrained")
+    with drawing(_WIDTH_IN, 5.4) as figure:
         surprisal, survivors, cache, acts = figure.subplots(4, 1, sharex=True, height_ratios=(2, 2, 1.5, 2))
         surprisal.bar(x, steps["surprisal_bits"], color=COLORS["used"], width=0.7)
-        surprisal.set_ylabel("surprisal\n(bits)")
+        surprisal.set_ylabel(tr("surprisal\n(bits)"))
         surprisal.set_ylim(0, max(1.0, steps["surprisal_bits"].max() * 1.1))
-        _draw_survivors(survivors, x, steps)
+        _draw_survivors(figure, survivors, x, steps)
         cache.bar(x, steps["kv_bytes"] / MIB, color=COLORS["kv"], width=0.7)
-        cache.set_ylabel("KV cache\n(MiB)")
+        cache.set_ylabel(tr("KV cache\n(MiB)"))
         below = np.zeros(len(steps))
-        for column, (label, color) in _ACTS.items():
-            acts.bar(x, steps[column], bottom=below, color=color, width=0.7, label=label)
+        for column, (label, color, hatch) in _ACTS.items():
+            acts.bar(x, steps[column], bottom=below, color=color, hatch=hatch, width=0.7, label=tr(label))
             below = below + steps[column].to_numpy(float)
-        acts.set_ylabel("time of act\n(ms)")
-        acts.legend(ncols=3, loc="upper right")
-        acts.set_ylim(0, below.max() * 1.35)
+        acts.set_ylabel(tr("time of act\n(ms)"))
+        _legend_inside(figure, acts, loc="lower right", bbox_to_anchor=(1, 0.95))
+        acts.set_ylim(0, below.max() * 1.1)
         for axes in figure.axes:
             axes.grid(visible=False, axis="x")
             axes.set_axisbelow(True)
-        if len(steps) <= _LABELLED_STEPS:
-            acts.set_xticks(x, [drawable(text) for text in steps["text"]], rotation=90, fontsize=7, parse_math=False)
-            acts.set_xlabel("token chosen by each step (the first step is the prefill)")
+        if len(steps) <= _STEPS_AN_INCH * current_settings().layout_width_in(_WIDTH_IN):
+            texts = [drawable(text) for text in steps["text"]]
+            acts.set_xticks(x, texts, rotation=90, fontsize=pt(7), parse_math=False)
+            acts.set_xlabel(tr("token chosen by each step (the first step is the prefill)"))
         else:
-            acts.set_xlabel("step (0 is the prefill)")
+            acts.set_xlabel(tr("step (0 is the prefill)"))
     hardest = steps.iloc[int(steps["surprisal_bits"].argmax())]
     cache_mib = steps["kv_bytes"] / MIB
-    figure.alt_text = (
-        f"{len(steps)} decode steps. Tokens in order: {' '.join(steps['text'])}. Most surprising: {hardest['text']} "
-        f"with {hardest['surprisal_bits']:.1f} bits. The cache grows from {cache_mib.iloc[0]:.2f} to "
-        f"{cache_mib.iloc[-1]:.2f} MiB. The forward pass takes {_share_of_forward(steps):.0%} of the time."
-    )
+    figure.alt_text = tr(
+        "{count} decode steps. Tokens in order: {tokens}. Most surprising: {hardest} with {bits:.1f} bits. The cache "
+        "grows from {first:.2f} to {last:.2f} MiB. The forward pass takes {share:.0%} of the time.",
+        count=len(steps), tokens=" ".join(steps["text"]), hardest=hardest["text"], bits=hardest["surprisal_bits"],
+        first=cache_mib.iloc[0], last=cache_mib.iloc[-1], share=_share_of_forward(steps),
+    )  # fmt: skip
     return figure
 
 
-def _draw_survivors(axes: Axes, x: np.ndarray[tuple[int], np.dtype[np.int64]], steps: pd.DataFrame) -> None:
+def _draw_survivors(
+    figure: SuiteFigure, axes: Axes, x: np.ndarray[tuple[int], np.dtype[np.int64]], steps: pd.DataFrame
+) -> None:
     colors = [COLORS[name] for name in ("used", "slack large", "allocated", "kv copies", "activations", "kv")]
     columns = [column for column in steps.columns if column.startswith("survivors: ")]
-    size = 6.5
+    size = pt(6.5)
     for column, color, marker in zip(columns, colors * len(columns), "os^Dvp" * len(columns), strict=False):
-        label = column.removeprefix("survivors: ")
+        label = tr_label(column.removeprefix("survivors: "))
         axes.plot(
             x, steps[column], linestyle="none", marker=marker, markersize=size, color=color, label=label, mfc="none"
         )
-        size -= 0.9  # one that lies on another shows inside it
+        size -= pt(0.9)  # one that lies on another shows inside it
     axes.set_yscale("log")
     top = float(steps[columns].to_numpy(float).max())
     axes.set_ylim(0.7, top * 3)
-    axes.set_ylabel("surviving\ncandidates")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.95), ncols=6, fontsize=7, handletextpad=0, columnspacing=0.6)
+    axes.set_ylabel(tr("surviving\ncandidates"))
+    _legend_inside(figure, axes, loc="lower right", bbox_to_anchor=(1, 0.95), handletextpad=0, columnspacing=0.6)
+
+
+def _legend_inside(figure: SuiteFigure, axes: Axes, **place: Any) -> None:
+    """A legend on one line above the panel, on two where the figure is narrow."""
+    labels = axes.get_legend_handles_labels()[1]
+    points = pt(7)
+    taken_in = sum(text_width_in(label, points) + 3.5 * points / 72 for label in labels)
+    room_in = figure.get_figwidth() - pt(36) / 72
+    lines = int(np.ceil(taken_in / room_in))
+    axes.legend(ncols=-(-len(labels) // lines), fontsize=points, **place)
 
 
 def _share_of_forward(steps: pd.DataFrame) -> float:
@@ -120,32 +137,42 @@ def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
         raise FigureError("no candidates to draw: record the step with Keep(top_k=...) of at least 1.")
     rows = candidates.drop_duplicates("token_id").reset_index(drop=True)  # in the order of the raw logits
     stages = list(candidates["stage"].unique())
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 0.9 + 0.2 * len(rows)), layout="constrained")
-        panels = figure.subplots(1, len(stages), sharex=True, sharey=True, squeeze=False)[0]
+    columns = min(len(stages), int(current_settings().layout_width_in(_WIDTH_IN) / _PANEL_IN))
+    lines = -(-len(stages) // columns)
+    with drawing(_WIDTH_IN, (0.9 + 0.2 * len(rows)) * lines) as figure:
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for unused in panels[len(stages) :]:
+            unused.remove()
+        panels = panels[: len(stages)]
         for axes, stage in zip(panels, stages, strict=True):
             here = candidates[candidates["stage"] == stage]
             probability = here.set_index("token_id")["probability"].reindex(rows["token_id"]).to_numpy(float)
             colors = [_CHOSEN if chosen else COLORS["allocated"] for chosen in rows["chosen"]]
-            axes.barh(rows.index, np.nan_to_num(probability), color=colors, height=0.7)
+            hatches = ["////" if chosen else "" for chosen in rows["chosen"]]
+            axes.barh(rows.index, np.nan_to_num(probability), color=colors, hatch=hatches, height=0.7)
             cut = np.flatnonzero(~(probability > 0))
-            axes.plot(np.full(len(cut), 0.02), cut, linestyle="none", marker="x", markersize=4, color=COLORS["weights"])
-            axes.set_title(f"{stage}\n{here['survivors'].iloc[0]:,} survive")
+            axes.plot(
+                np.full(len(cut), 0.02), cut, linestyle="none", marker="x", markersize=pt(4), color=COLORS["reserved"]
+            )
+            axes.set_title(f"{tr_label(stage)}\n{tr('{count:,} survive', count=here['survivors'].iloc[0])}")
             axes.grid(visible=False, axis="y")
             axes.set_axisbelow(True)
         panels[0].set_yticks(rows.index, [drawable(text) for text in rows["text"]], parse_math=False)
         panels[0].invert_yaxis()
+        panels[0].xaxis.set_major_locator(MaxNLocator(3))
         panels[0].set_xlim(0, min(1.0, candidates["probability"].max() * 1.08))
-        figure.supxlabel("probability of the candidate (cross: cut, or no longer among the best)", fontsize=9)
-    figure.alt_text = "Candidates for the next token. " + " ".join(
-        f"Behind {stage}: {_in_words(candidates[candidates['stage'] == stage])}." for stage in stages
+        note = tr("probability of the candidate (cross: cut, or no longer among the best)")
+        figure.supxlabel(note, fontsize=pt(9))
+    figure.alt_text = tr("Candidates for the next token. ") + " ".join(
+        tr("Behind {stage}: {best}.", stage=tr_label(stage), best=_in_words(candidates[candidates["stage"] == stage]))
+        for stage in stages
     )
     return figure
 
 
 def _in_words(stage: pd.DataFrame) -> str:
     best = ", ".join(f"{text} {p:.0%}" for text, p in zip(stage["text"][:3], stage["probability"][:3], strict=True))
-    return f"{stage['survivors'].iloc[0]} survive, best {best}"
+    return tr("{count} survive, best {best}", count=stage["survivors"].iloc[0], best=best)
 
 
 def lens_heatmap(lens: pd.DataFrame) -> SuiteFigure:
@@ -171,34 +198,50 @@ def lens_heatmap(lens: pd.DataFrame) -> SuiteFigure:
     probability = lens.pivot(index="layer", columns="rank", values="probability").to_numpy(float)
     layers = lens.drop_duplicates("layer").reset_index(drop=True)
     n_layers, n_ranks = probability.shape
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 1.1 + 0.32 * n_layers), layout="constrained")
+    beside = current_settings().layout_width_in(_WIDTH_IN) >= _LEAST_WIDTH_BESIDE_IN
+    n_ranks = min(n_ranks, _readable_ranks(lens, beside=beside))
+    with drawing(_WIDTH_IN, 1.1 + 0.32 * n_layers if beside else 2.4 + 0.45 * n_layers) as figure:
         axes = figure.subplots()
-        image = axes.imshow(probability, cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-        for line in lens.itertuples():
+        image = axes.imshow(probability[:, :n_ranks], cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
+        for line in lens[lens["rank"] <= n_ranks].itertuples():
             x, y = int(line.rank) - 1, int(line.layer)  # type: ignore[arg-type]
-            color = "white" if probability[y, x] > 0.55 else "black"
-            axes.text(
-                x, y, drawable(str(line.text)), ha="center", va="center", fontsize=8, color=color, parse_math=False
-            )
+            ink = ink_on(image.cmap(float(probability[y, x])))
+            shown = drawable(str(line.text))
+            axes.text(x, y, shown, ha="center", va="center", fontsize=pt(_CELL_PT), color=ink, parse_math=False)
             if line.chosen:
                 axes.add_patch(
-                    Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, fill=False, edgecolor=_CHOSEN, linewidth=1.8)
+                    Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, fill=False, edgecolor=_CHOSEN, linewidth=pt(1.8))
                 )
-        labels = [
-            f"{name} (normed)" if normed else name
-            for name, normed in zip(layers["name"], layers["normed"], strict=True)
-        ]
+        labels = [_layer_label(name, normed) for name, normed in zip(layers["name"], layers["normed"], strict=True)]
         axes.set_yticks(range(n_layers), labels)
         axes.set_xticks(range(n_ranks), [str(rank) for rank in range(1, n_ranks + 1)])
-        axes.set_xlabel("rank of the candidate after this layer (orange frame: the token that was chosen)")
+        axes.set_xlabel(tr("rank of the candidate after this layer (orange frame: the token that was chosen)"))
         axes.grid(visible=False)
-        figure.colorbar(image, ax=axes, label="probability")
+        figure.colorbar(image, ax=axes, label=tr("probability"), location="right" if beside else "bottom")
     best = lens[lens["rank"] == 1]
-    figure.alt_text = "Best token after each layer: " + ", ".join(
-        f"{name} {text} {p:.0%}" for name, text, p in zip(best["name"], best["text"], best["probability"], strict=True)
+    figure.alt_text = tr("Best token after each layer: ") + ", ".join(
+        f"{_layer_label(name, False)} {text} {p:.0%}"
+        for name, text, p in zip(best["name"], best["text"], best["probability"], strict=True)
     )
     return figure
+
+
+_CELL_PT = 8.0
+_LEAST_WIDTH_BESIDE_IN = 4.5  # below, the scale of colours stands under the map
+
+
+def _layer_label(name: str, normed: bool) -> str:
+    """Name of a layer in the language of the figure, and whether the norm is in its output already."""
+    word, _, number = name.partition(" ")
+    shown = tr("layer {number}", number=number) if word == "layer" else tr(name)
+    return tr("{layer} (normed)", layer=shown) if normed else shown
+
+
+def _readable_ranks(lens: pd.DataFrame, *, beside: bool) -> int:
+    """How many candidates of a layer fit side by side, at least the best one."""
+    widest_in = max(text_width_in(drawable(str(text)), _CELL_PT) for text in lens["text"])
+    room_in = current_settings().layout_width_in(_WIDTH_IN) - (2.2 if beside else 1.4)
+    return max(1, int(room_in / (widest_in + 0.04)))
 
 
 def drawable(text: str) -> str:

@@ -2,29 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
+from matplotlib.typing import LineStyleType
 
-from glmlab.figures.style import COLORS, STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError, current_settings, pt, tr, tr_label
+from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, legend_below
 from glmlab.memory.allocator import SegmentView
 from glmlab.memory.curve import Curve
 from glmlab.units import mib
 
+_HATCH_COLOR = "#333333"
+
 _Floats = npt.NDArray[np.float64]
 
-COMPONENT_STYLES: Mapping[str, tuple[str, str, str]] = {  # column -> label, colour, line style of its change
-    "weights_mib": ("weights", COLORS["weights"], "-"),
-    "quantisation_state_mib": ("quantisation state", COLORS["quantisation state"], "-"),
-    "kv_payload_mib": ("KV payload", COLORS["kv"], "-"),
-    "kv_copies_mib": ("KV copies", COLORS["kv copies"], "--"),
-    "activations_mib": ("activations, workspace", COLORS["activations"], ":"),
-    "slack_small_mib": ("idle, small pool", COLORS["slack small"], "-."),
-    "slack_large_mib": ("idle, large pool", COLORS["slack large"], (0, (5, 1, 1, 1, 1, 1))),  # type: ignore[dict-item]
-    "cuda_context_mib": ("CUDA context", COLORS["context"], "-"),
+COMPONENT_STYLES: Mapping[str, tuple[str, str, LineStyleType, str]] = {  # label, colour, line of its change, hatch
+    "weights_mib": ("weights", COLORS["weights"], "-", ""),
+    "quantisation_state_mib": ("quantisation state", COLORS["quantisation state"], "-", ""),
+    "kv_payload_mib": ("KV payload", COLORS["kv"], "-", HATCHES["kv"]),
+    "kv_copies_mib": ("KV copies", COLORS["kv copies"], "--", HATCHES["kv copies"]),
+    "activations_mib": ("activations, workspace", COLORS["activations"], ":", HATCHES["activations"]),
+    "slack_small_mib": ("idle, small pool", COLORS["slack small"], "-.", HATCHES["slack small"]),
+    "slack_large_mib": ("idle, large pool", COLORS["slack large"], (0, (5, 1, 1, 1, 1, 1)), HATCHES["slack large"]),
+    "cuda_context_mib": ("CUDA context", COLORS["context"], "-", ""),
 }
 """Components of a forecast in the order in which they are stacked; the weights of all kinds are one."""
 
@@ -64,39 +67,42 @@ def component_chart(curve: Curve) -> SuiteFigure:
     parts = components(curve)
     table = curve.table
     tokens = table["context_tokens"].to_numpy(float)
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 6.0), layout="constrained")
+    with drawing(6.3, 6.0) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         above.stackplot(
             tokens,
             parts.T.to_numpy(),
-            labels=[label for label, _, _ in COMPONENT_STYLES.values()],
-            colors=[color for _, color, _ in COMPONENT_STYLES.values()],
+            labels=[tr(label) for label, _, _, _ in COMPONENT_STYLES.values()],
+            colors=[color for _, color, _, _ in COMPONENT_STYLES.values()],
+            hatch=[hatch for _, _, _, hatch in COMPONENT_STYLES.values()],
+            edgecolor=_HATCH_COLOR,
             linewidth=0,
         )
-        above.plot(tokens, table["used_mib"], color=COLORS["used"], label="used (forecast)", drawstyle="steps-post")
-        above.set_ylabel("memory (MiB)")
+        used_label = tr("used (forecast)")
+        above.plot(tokens, table["used_mib"], color=COLORS["used"], label=used_label, drawstyle="steps-post")
+        above.set_ylabel(tr("memory (MiB)"))
         _draw_changes(below, parts, tokens, table["used_mib"].to_numpy(float))
-        below.set_ylabel("change since the first step (MiB)")
-        below.set_xlabel("context length (tokens)")
+        below.set_ylabel(tr("change since the first step (MiB)"))
+        below.set_xlabel(tr("context length (tokens)"))
         for start in _turn_starts(table):
-            below.axvline(start, color="#999999", linewidth=0.5, zorder=0)
+            below.axvline(start, color="#999999", linewidth=pt(0.5), zorder=0)
         for axes in (above, below):
             axes.margins(x=0)
-        figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        legend_below(figure, *above.get_legend_handles_labels(), ncols=3)
     last = parts.iloc[-1]
-    figure.alt_text = (
-        f"{curve.label} (forecast): {table['used_mib'].iloc[0]:.0f} MiB after loading, "
-        f"{table['used_mib'].iloc[-1]:.0f} MiB at {tokens[-1]:.0f} tokens, of which "
-        + ", ".join(f"{COMPONENT_STYLES[name][0]} {value:.0f}" for name, value in last.items() if value >= 0.5)  # type: ignore[index]
-        + " MiB."
-    )
+    shares = [f"{tr(COMPONENT_STYLES[str(name)][0])} {value:.0f}" for name, value in last.items() if value >= 0.5]
+    figure.alt_text = tr(
+        "{label} (forecast): {first:.0f} MiB after loading, {last:.0f} MiB at {tokens:.0f} tokens, of which "
+        "{parts} MiB.",
+        label=tr_label(curve.label), first=table["used_mib"].iloc[0], last=table["used_mib"].iloc[-1],
+        tokens=tokens[-1], parts=", ".join(shares),
+    )  # fmt: skip
     return figure
 
 
 def _draw_changes(axes: Axes, parts: pd.DataFrame, tokens: _Floats, used_mib: _Floats) -> None:
     first = min(1, len(parts) - 1)
-    for column, (_, color, line) in COMPONENT_STYLES.items():
+    for column, (_, color, line, _) in COMPONENT_STYLES.items():
         change = parts[column].to_numpy(float) - parts[column].iloc[first]
         if np.abs(change[first:]).max() >= 0.5:
             axes.plot(tokens[first:], change[first:], color=color, linestyle=line)
@@ -126,25 +132,27 @@ def pool_map(segments: Sequence[SegmentView], owners: Sequence[str], *, title: s
     """
     if not segments:
         raise FigureError("no segments to draw: the allocator has not taken any memory yet.")
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = SuiteFigure(figsize=(6.3, 4.6), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    beside = current_settings().layout_width_in(6.3) >= _LEAST_WIDTH_BESIDE_IN
+    with drawing(6.3, 4.6 if beside else 7.0, axes_grid=False) as figure:
+        left, right = (
+            figure.subplots(1, 2, width_ratios=(1, 2)) if beside else figure.subplots(2, 1, height_ratios=(1, 2))
+        )
         words = [_draw_pool(axes, pool, segments, owners) for axes, pool in ((left, "small"), (right, "large"))]
         kinds = {kind for kind, _, _ in map(_look, owners)} | {"idle"}
-        handles = [Patch(facecolor=color, hatch=hatch, edgecolor="#666666", linewidth=0.3, label=kind)
+        handles = [Patch(facecolor=color, hatch=hatch, edgecolor=_HATCH_COLOR, linewidth=pt(0.3))
                    for kind, color, hatch in _LOOKS if kind in kinds]  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
-        figure.suptitle(title, fontsize=STYLE["axes.titlesize"])
-    figure.alt_text = f"Map of the allocator's pools. {title} {' '.join(words)}"
+        legend_below(figure, handles, [tr(kind) for kind, _, _ in _LOOKS if kind in kinds], ncols=5)
+        figure.suptitle(title, fontsize=pt(9))
+    figure.alt_text = " ".join([tr("Map of the allocator's pools."), title, *words])
     return figure
 
 
 _LOOKS = (  # kind of owner, colour, hatch
     ("weights", COLORS["weights"], ""),
     ("quantisation state", COLORS["quantisation state"], ""),
-    ("KV cache", COLORS["kv"], ""),
-    ("in flight", COLORS["activations"], ""),
-    ("idle", "#ffffff", "////"),
+    ("KV cache", COLORS["kv"], HATCHES["kv"]),
+    ("in flight", COLORS["activations"], HATCHES["activations"]),
+    ("idle", "#ffffff", ""),
 )
 
 
@@ -170,12 +178,43 @@ def _draw_pool(axes: Axes, pool: str, segments: Sequence[SegmentView], owners: S
                 (row - 0.4, 0.8),
                 facecolor=color,
                 hatch=hatch,
-                edgecolor="#666666",
-                linewidth=0.2,
+                edgecolor=_HATCH_COLOR,
+                linewidth=pt(0.2),
             )
     full, idle_mib = len(of_pool) - len(open_segments), mib(sum(idle_bytes.values()))
-    axes.set_title(f"{pool} pool: {idle_mib:.0f} MiB idle\n{len(of_pool)} segments, {full} of them full")
-    axes.set_xlabel("MiB from the segment's start")
+    counts = {"idle": idle_mib, "segments": len(of_pool), "full": full, "open": len(open_segments)}
+    axes.set_title(tr(_POOL_TITLES[pool], **counts))
+    axes.set_xlabel(tr("MiB from the segment's start"))
     axes.set_yticks([])
-    axes.set_ylabel("segments with room")
-    return f"The {pool} pool has {idle_mib:.0f} MiB idle in {len(open_segments)} of {len(of_pool)} segments."
+    axes.set_ylabel(tr("segments with room"))
+    return tr(_POOL_SENTENCES[pool], **counts)
+
+
+def segments_table(segments: Sequence[SegmentView], owners: Sequence[str]) -> pd.DataFrame:
+    """The blocks of segments as a table, one row a block: what a map of the pools shows, as one CSV.
+
+    Example:
+        >>> from glmlab.memory.allocator import CachingAllocator
+        >>> allocator = CachingAllocator()
+        >>> _ = allocator.malloc(600, owner=0)
+        >>> segments_table(allocator.segments(), ["kv_cache"])[["pool", "block_bytes", "holds"]].values.tolist()
+        [['small', 1024, 'kv_cache'], ['small', 2096128, 'idle']]
+    """
+    rows = [
+        (number, segment.pool, segment.size, block.address - segment.address, block.size,
+         owners[block.owner] if block.live else "idle")
+        for number, segment in enumerate(segments)
+        for block in segment.blocks
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["segment", "pool", "segment_bytes", "offset_bytes", "block_bytes", "holds"])
+
+
+_POOL_TITLES = {
+    "small": "small pool: {idle:.0f} MiB idle\n{segments} segments, {full} of them full",
+    "large": "large pool: {idle:.0f} MiB idle\n{segments} segments, {full} of them full",
+}
+_POOL_SENTENCES = {
+    "small": "The small pool has {idle:.0f} MiB idle in {open} of {segments} segments.",
+    "large": "The large pool has {idle:.0f} MiB idle in {open} of {segments} segments.",
+}
+_LEAST_WIDTH_BESIDE_IN = 4.5  # below, the pools stand one under the other

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from glmlab.figures.style import COLORS, STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError
+from glmlab.figures.style import COLORS, STYLE, SuiteFigure
 
 _SERIES_LOOKS = (
     ("allocated", "o"),

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from glmlab.figures.style import COLORS, STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError, pt, tr, tr_label
+from glmlab.figures.style import COLORS, SuiteFigure, drawing, legend_below
 from glmlab.memory.curve import Curve
 
 _MARKERS = "os^Dvp"
@@ -37,8 +37,7 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
     if not curves:
         raise FigureError("no curve to draw: give at least one recording or forecast.")
     ruler = _token_ruler(curves)
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 5.6), layout="constrained")
+    with drawing(6.3, 5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         n_forecasts = 0
         for index, curve in enumerate(curves):
@@ -48,14 +47,14 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
             else:
                 look = {"marker": _MARKERS[index % len(_MARKERS)]}
             _draw_memory(above, below, curve, ruler, look)
-        above.set_ylabel("memory (MiB)")
-        below.set_ylabel("growth since loading (MiB)")
-        below.set_xlabel("context length (tokens)")
+        above.set_ylabel(tr("memory (MiB)"))
+        below.set_ylabel(tr("growth since loading (MiB)"))
+        below.set_xlabel(tr("context length (tokens)"))
         _add_character_axis(above, ruler)
         for axes in (above, below):
             axes.margins(x=0.03, y=0.12)
-        figure.legend(*below.get_legend_handles_labels(), loc="outside lower center")
-    figure.alt_text = f"Memory against context length. {' '.join(_in_words(curve) for curve in curves)}"
+        legend_below(figure, *below.get_legend_handles_labels())
+    figure.alt_text = " ".join([tr("Memory against context length."), *(_in_words(curve) for curve in curves)])
     return figure
 
 
@@ -64,17 +63,18 @@ def _in_words(curve: Curve) -> str:
     table = curve.table[curve.table[memory_column(curve)].notna()]
     memory = table[memory_column(curve)]
     ruler = "context_tokens" if "context_tokens" in table.columns else "context_characters"
-    return (
-        f"{curve.label or 'unnamed'} ({curve.kind}): {memory.iloc[0]:.0f} MiB at first, {memory.iloc[-1]:.0f} MiB at "
-        f"{table[ruler].iloc[-1]:.0f} {ruler.removeprefix('context_')}."
-    )
+    return tr(
+        "{label} ({kind}): {first:.0f} MiB at first, {last:.0f} MiB at {length:.0f} {unit}.",
+        label=tr_label(curve.label), kind=tr(curve.kind), first=memory.iloc[0], last=memory.iloc[-1],
+        length=table[ruler].iloc[-1], unit=tr(ruler.removeprefix("context_")),
+    )  # fmt: skip
 
 
 def _forecast_look(index: int) -> dict[str, Any]:
     """Colour and width of the n-th solid line: told apart without colour, too."""
     colors = (COLORS["allocated"], COLORS["activations"], COLORS["slack large"])
     linewidth = 0.9 + 0.9 * (index % 4)
-    return {"color": colors[index % len(colors)], "linewidth": linewidth, "zorder": 3 - linewidth / 10}
+    return {"color": colors[index % len(colors)], "linewidth": pt(linewidth), "zorder": 3 - linewidth / 10}
 
 
 def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, own_look: dict[str, Any]) -> None:
@@ -82,17 +82,15 @@ def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, ow
     table = curve.table[curve.table[column].notna()]
     tokens = _tokens_of(table, ruler)
     memory = table[column].to_numpy(float)
-    label = f"{curve.label or 'unnamed'}, {_COLUMN_NAMES[column]}"
+    what = {"label": tr_label(curve.label), "what": tr(_COLUMN_NAMES[column]), "kind": tr(curve.kind)}
+    label = tr("{label}, {what} ({kind})", **what)
     look: dict[str, Any] = {"color": COLORS["used"], **own_look}
     if curve.kind == "measured":
-        look |= {"markersize": 4, "linewidth": 0.8, "linestyle": ":"}
-        label += " (measured)"
+        look |= {"markersize": pt(4), "linewidth": pt(0.8), "linestyle": ":"}
     elif curve.kind == "forecast":
         look |= {"drawstyle": "steps-post"}
-        label += " (forecast)"
     else:
-        look |= {"markersize": 6, "linestyle": "none", "markerfacecolor": "white"}
-        label += " (reported)"
+        look |= {"markersize": pt(6), "linestyle": "none", "markerfacecolor": "white"}
     if curve.kind != "reported":
         above.plot(tokens, memory, label=label, **look)
     below.plot(tokens, memory - memory[0], label=label, **look)
@@ -101,7 +99,8 @@ def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, ow
             tokens,
             table["kv_mib"] - table["kv_mib"].iloc[0],
             color=COLORS["kv"],
-            label=f"{curve.label}, KV payload (exact)",
+            linestyle="--",
+            label=tr("{label}, KV payload (exact)", label=tr_label(curve.label)),
         )
 
 
@@ -167,7 +166,7 @@ def _add_character_axis(axes: Axes, ruler: pd.DataFrame) -> None:
         "top",
         functions=(lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens)),
     )
-    upper.set_xlabel("conversation length (characters)")
+    upper.set_xlabel(tr("conversation length (characters)"))
 
 
 def curves_table(curves: Sequence[Curve]) -> pd.DataFrame:

@@ -4,20 +4,22 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import matplotlib
 import pandas as pd
 from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.textpath import text_to_path
 
-from glmlab.figures.style import STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError, current_settings, pt, tr
+from glmlab.figures.style import STYLE, SuiteFigure, drawing, legend_below, set_size, text_width_in
 from glmlab.generation.prompt_table import ROLE_COLORS, visible
 
 _WIDTH_INCHES = 6.3
 _MOST_TOKENS = 400  # about two pages
 _FIRST_EMOJI = 0x1F000  # from here on U+…: the few that a font has are line drawings of another meaning
 _NO_ROLE = "prefix"
+_START = "start"  # row of role_transitions before the first message
+_TEXT_PT, _ID_PT = 7.0, 6.0
+_LEAST_COLUMN_IN = 1.6  # of a chat format
 
 
 def printable(text: str) -> str:
@@ -63,21 +65,24 @@ def prompt_figure(table: pd.DataFrame) -> SuiteFigure:
             f"{len(table)} tokens cannot be drawn: a figure shows 1 to {_MOST_TOKENS}. "
             f"Give a part of the table, such as table.head({_MOST_TOKENS})."
         )
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(_WIDTH_INCHES, 1))
+    page = current_settings().layout_width_in(_WIDTH_INCHES)
+    with drawing(_WIDTH_INCHES, 1, layout=None) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        height = _draw_paragraphs(axes, table)
-        figure.set_size_inches(_WIDTH_INCHES, height)
-        axes.set_xlim(0, _WIDTH_INCHES)
-        axes.set_ylim(height, 0)  # inches from the upper edge
-    tokens = ", ".join(f"{count} {kind}" for kind, count in table["kind"].value_counts().items())
+        height = _draw_paragraphs(axes, table, page)
+        set_size(figure, page, height)
+        axes.set_xlim(0, page)
+        axes.set_ylim(height, 0)  # inches of the paper style from the upper edge
+    tokens = ", ".join(f"{count} {tr(str(kind))}" for kind, count in table["kind"].value_counts().items())
     roles = ", ".join(role for role in table["role"].drop_duplicates() if role)
-    figure.alt_text = f"The {len(table)} tokens of a prompt as chips, coloured by role ({roles}): {tokens}."
+    figure.alt_text = tr(
+        "The {count} tokens of a prompt as chips, coloured by role ({roles}): {tokens}.",
+        count=len(table), roles=roles, tokens=tokens,
+    )  # fmt: skip
     return figure
 
 
-def _draw_paragraphs(axes: Axes, table: pd.DataFrame) -> float:
+def _draw_paragraphs(axes: Axes, table: pd.DataFrame, page: float) -> float:
     """Draw the chips and return the height they take, in inches."""
     margin, label_width, gap, line = 0.06, 0.95, 0.025, 0.36
     chip_height = 0.19
@@ -89,19 +94,20 @@ def _draw_paragraphs(axes: Axes, table: pd.DataFrame) -> float:
         if beginning != paragraph:
             y += line if paragraph is not None else 0
             x, paragraph = margin + label_width, beginning
-            label = "answer" if row["kind"] == "generation prompt" else role
-            axes.text(margin, y + chip_height / 2, label, fontsize=7, va="center", color="#333333")
+            label = tr("answer") if row["kind"] == "generation prompt" else row["role"] or tr(_NO_ROLE)
+            axes.text(margin, y + chip_height / 2, label, fontsize=pt(_TEXT_PT), va="center", color="#333333")
         shown = _chip_text(row)
-        width = max(_text_width(shown, 7), _text_width(str(row["id"]), 4.5)) + 0.06
-        if x + width > _WIDTH_INCHES - margin:
+        width = max(text_width_in(shown, _TEXT_PT), text_width_in(str(row["id"]), _ID_PT)) + 0.06
+        if x + width > page - margin:
             x, y = margin + label_width, y + line
         color = ROLE_COLORS[row["role"]]
         axes.add_patch(
             Rectangle((x, y), width, chip_height, facecolor=color, alpha=0.75 if row["special"] else 0.25, linewidth=0)
         )
         middle = x + width / 2
-        axes.text(middle, y + chip_height / 2, shown, fontsize=7, ha="center", va="center_baseline", parse_math=False)
-        axes.text(middle, y + chip_height + 0.055, str(row["id"]), fontsize=4.5, ha="center", va="center", color="#555")
+        place: dict[str, Any] = {"ha": "center", "va": "center_baseline"}
+        axes.text(middle, y + chip_height / 2, shown, fontsize=pt(_TEXT_PT), parse_math=False, **place)
+        axes.text(middle, y + chip_height + 0.06, str(row["id"]), fontsize=pt(_ID_PT), color="#555555", **place)
         x += width + gap
     return y + line + margin
 
@@ -117,14 +123,6 @@ def _chip_text(row: Mapping[Any, Any]) -> str:
     if len(held) < len(text.encode("utf-8")):
         return f"{printable(text)}:{held.hex().upper()}"
     return printable(text)
-
-
-@cache
-def _text_width(text: str, points: float) -> float:
-    """Width of a text in inches."""
-    font = font_manager.FontProperties(family=STYLE["font.family"], size=points)
-    width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
-    return width / 72
 
 
 def format_figure(segments: pd.DataFrame) -> SuiteFigure:
@@ -146,44 +144,46 @@ def format_figure(segments: pd.DataFrame) -> SuiteFigure:
     if segments.empty:
         raise FigureError("no segments to draw: give the parts of at least one prompt.")
     names = list(dict.fromkeys(segments["format"]))
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(_WIDTH_INCHES, 1))
+    page = current_settings().layout_width_in(_WIDTH_INCHES)
+    with drawing(_WIDTH_INCHES, 1, layout=None) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        column = _WIDTH_INCHES / len(names)
-        bottoms = [
-            _draw_column(axes, segments[segments["format"] == name], name, index * column, column)
-            for index, name in enumerate(names)
-        ]
+        abreast = max(1, min(len(names), int(page / _LEAST_COLUMN_IN)))
+        column, top, bottoms = page / abreast, 0.0, [0.0]
+        for index, name in enumerate(names):
+            if index and index % abreast == 0:
+                top, bottoms = max(bottoms), [0.0]
+            of_format = segments[segments["format"] == name]
+            bottoms.append(_draw_column(axes, of_format, name, index % abreast * column, top, column))
         height = max(bottoms) + 0.3
-        figure.set_size_inches(_WIDTH_INCHES, height)
-        axes.set_xlim(0, _WIDTH_INCHES)
+        set_size(figure, page, height)
+        axes.set_xlim(0, page)
         axes.set_ylim(height, 0)
         roles = list(dict.fromkeys(segments["role"]))
-        handles = [Patch(facecolor=ROLE_COLORS[role], alpha=0.75, label=role or _NO_ROLE) for role in roles]
-        figure.legend(handles=handles, loc="lower center", ncols=len(roles), fontsize=7)
-    figure.alt_text = "The same conversation in several chat formats: " + "; ".join(
+        handles = [Patch(facecolor=ROLE_COLORS[role], alpha=0.75, label=role or tr(_NO_ROLE)) for role in roles]
+        figure.legend(handles=handles, loc="lower center", ncols=len(roles), fontsize=pt(_TEXT_PT), columnspacing=1)
+    figure.alt_text = tr("The same conversation in several chat formats: ") + "; ".join(
         f"{name}: {''.join(segments.loc[segments['format'] == name, 'text'])!r}" for name in names
     )
     return figure
 
 
-def _draw_column(axes: Axes, segments: pd.DataFrame, title: str, left: float, width: float) -> float:
+def _draw_column(axes: Axes, segments: pd.DataFrame, title: str, left: float, top: float, width: float) -> float:
     """Draw one format's text and return where it ends, in inches from the upper edge."""
-    margin, points, line = 0.08, 7.0, 0.19
+    margin, points, line = 0.08, _TEXT_PT, 0.19
     start, right = left + margin, left + width - margin
-    axes.text(start, margin + 0.06, title, fontsize=9, va="center", fontweight="bold")
-    x, y = start, margin + 0.22
+    axes.text(start, top + margin + 0.06, title, fontsize=pt(9), va="center", fontweight="bold")
+    x, y = start, top + margin + 0.22
     for row in segments.to_dict("records"):
         for text in _line_parts(row["text"], right - start, points, right - x):
-            taken = _text_width(text, points)
+            taken = text_width_in(text, points)
             if x + taken > right + 1e-6 and x > start:
                 x, y = start, y + line
             alpha = 0.25 if row["kind"] == "text" else 0.75
             axes.add_patch(
                 Rectangle((x, y), taken, line * 0.9, facecolor=ROLE_COLORS[row["role"]], alpha=alpha, linewidth=0)
             )
-            axes.text(x, y + line * 0.45, text, fontsize=points, va="center_baseline", parse_math=False)
+            axes.text(x, y + line * 0.45, text, fontsize=pt(points), va="center_baseline", parse_math=False)
             x += taken
             if text == "↵":
                 x, y = start, y + line
@@ -201,7 +201,7 @@ def _line_parts(text: str, width: float, points: float, room: float) -> Sequence
         current = ""
         for word in words:
             while word:
-                if _text_width(current + word, points) <= room:
+                if text_width_in(current + word, points) <= room:
                     current, word = current + word, ""
                 elif current:
                     parts.append(current)
@@ -209,12 +209,12 @@ def _line_parts(text: str, width: float, points: float, room: float) -> Sequence
                 elif room < width:
                     room = width  # a new line, which the caller begins
                 else:
-                    cut = next(i for i in range(len(word), 0, -1) if i == 1 or _text_width(word[:i], points) <= width)
+                    cut = next(i for i in range(len(word), 0, -1) if i == 1 or text_width_in(word[:i], points) <= width)
                     parts.append(word[:cut])
                     word = word[cut:]
         if current:
             parts.append(current)
-            room -= _text_width(current, points)
+            room -= text_width_in(current, points)
     return parts
 
 
@@ -239,25 +239,34 @@ def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
         >>> roles_figure(pd.DataFrame({"user": [True, False]}, index=["start", "user"])).alt_text
         'Which role may follow which. After start: user. After user: nothing.'
     """
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = SuiteFigure(figsize=(4.6, 2.6), layout="constrained")
+    with drawing(4.6, 2.6, axes_grid=False) as figure:
         axes = figure.subplots()
         for i, before in enumerate(transitions.index):
             for j, role in enumerate(transitions.columns):
                 allowed = bool(transitions.loc[before, role])
                 color = ROLE_COLORS[role] if allowed else "#ffffff"
-                axes.add_patch(Rectangle((j, i), 1, 1, facecolor=color, alpha=0.6, edgecolor="#999999", linewidth=0.6))
-                axes.text(j + 0.5, i + 0.5, "yes" if allowed else "no", ha="center", va="center", fontsize=8)
-        axes.set(xlim=(0, len(transitions.columns)), ylim=(len(transitions), 0), xlabel="next", ylabel="last")
+                axes.add_patch(
+                    Rectangle((j, i), 1, 1, facecolor=color, alpha=0.6, edgecolor="#999999", linewidth=pt(0.6))
+                )
+                answer = tr("yes") if allowed else tr("no")
+                axes.text(j + 0.5, i + 0.5, answer, ha="center", va="center", fontsize=pt(8))
+        axes.set(xlim=(0, len(transitions.columns)), ylim=(len(transitions), 0), xlabel=tr("next"), ylabel=tr("last"))
+        befores = [tr(_START) if role == _START else str(role) for role in transitions.index]
         axes.set_xticks([j + 0.5 for j in range(len(transitions.columns))], list(transitions.columns))
-        axes.set_yticks([i + 0.5 for i in range(len(transitions))], list(transitions.index))
+        axes.set_yticks([i + 0.5 for i in range(len(transitions))], befores)
+        if max(text_width_in(str(role), 9) for role in transitions.columns) > figure.get_figwidth() / pt(5.6):
+            axes.tick_params(axis="x", rotation=20)
         axes.tick_params(length=0)
         axes.spines[["left", "bottom"]].set_visible(False)
     sentences = [
-        f"After {before}: {', '.join(row.index[row.to_numpy(dtype=bool)]) or 'nothing'}."
-        for before, row in transitions.iterrows()
+        tr(
+            "After {before}: {roles}.",
+            before=before,
+            roles=", ".join(row.index[row.to_numpy(dtype=bool)]) or tr("nothing"),
+        )
+        for before, (_, row) in zip(befores, transitions.iterrows(), strict=True)
     ]
-    figure.alt_text = " ".join(["Which role may follow which.", *sentences])
+    figure.alt_text = " ".join([tr("Which role may follow which."), *sentences])
     return figure
 
 
@@ -279,27 +288,26 @@ def growth_figure(growth: pd.DataFrame) -> SuiteFigure:
     if growth.empty:
         raise FigureError("no turns to draw: give messages of at least one turn.")
     parts = (
-        ("kept_tokens", "old prompt, cached", ROLE_COLORS[""]),
-        ("answer_tokens", "answer, cached as it was generated", ROLE_COLORS["assistant"]),
-        ("fed_tokens", "new, still to be read", ROLE_COLORS["user"]),
+        ("kept_tokens", tr("old prompt, cached"), ROLE_COLORS[""], ""),
+        ("answer_tokens", tr("answer, cached as it was generated"), ROLE_COLORS["assistant"], "////"),
+        ("fed_tokens", tr("new, still to be read"), ROLE_COLORS["user"], "...."),
     )
     turns = growth["turn"].tolist()
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(_WIDTH_INCHES, 1.1 + 0.28 * len(turns)), layout="constrained")
+    with drawing(_WIDTH_INCHES, 1.1 + 0.28 * len(turns)) as figure:
         axes = figure.subplots()
         left = pd.Series(0, index=growth.index)
-        for column, label, color in parts:
-            axes.barh(turns, growth[column], left=left, color=color, height=0.7, label=label)
+        for column, label, color, hatch in parts:
+            axes.barh(turns, growth[column], left=left, color=color, hatch=hatch, height=0.7, label=label)
             left = left + growth[column]
-        axes.set(xlabel="prompt (tokens)", ylabel="turn", yticks=turns)
+        axes.set(xlabel=tr("prompt (tokens)"), ylabel=tr("turn"), yticks=turns)
         axes.invert_yaxis()
         axes.set_axisbelow(True)
         axes.grid(visible=False, axis="y")
-        figure.legend(loc="outside lower center", ncols=3)
+        legend_below(figure, *axes.get_legend_handles_labels(), ncols=3)
     last = growth.iloc[-1]
-    figure.alt_text = (
-        f"The prompt of each of {len(turns)} turns, as a bar of tokens. Turn {last['turn']}: {last['prompt_tokens']} "
-        f"tokens, of which {last['kept_tokens']} are the old prompt, {last['answer_tokens']} the answer to it and "
-        f"{last['fed_tokens']} are new."
-    )
+    figure.alt_text = tr(
+        "The prompt of each of {turns} turns, as a bar of tokens. Turn {turn}: {prompt_tokens} tokens, of which "
+        "{kept_tokens} are the old prompt, {answer_tokens} the answer to it and {fed_tokens} are new.",
+        turns=len(turns), **{str(name): value for name, value in last.items()},
+    )  # fmt: skip
     return figure

@@ -1,4 +1,4 @@
-"""Class diagrams and module trees. Graphviz (inside pygraphviz) places the boxes, matplotlib draws them.
+"""Class diagrams. Graphviz (inside pygraphviz) places the boxes, matplotlib draws them.
 
 The size of every box is measured with the font that it is drawn in, so that text and frame agree in every format.
 """
@@ -8,17 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import PathPatch, Polygon, Rectangle
 from matplotlib.path import Path
 from matplotlib.textpath import text_to_path
 
-from glmlab.figures.style import STYLE, FigureError, SuiteFigure
+from glmlab.figures.settings import FigureError, current_settings, pt, tr
+from glmlab.figures.style import STYLE, SuiteFigure, drawing, set_size
 from glmlab.structure.graph import Arrow, ClassGraph, ClassNode
-from glmlab.structure.tree import ModuleTree, format_shape
-from glmlab.units import format_bytes
 
 PAGE_WIDTH_IN = 7.1
 """Text width of an A4 page with narrow margins; no diagram is wider."""
@@ -44,7 +42,7 @@ _LINE = 1.28  # height of a line, in font sizes
 _PAD_PT = 4.0
 _LEGEND_PT = 16.0
 _ROWS = [(bases, parts) for parts in (1, 2, 3) for bases in (1, 2, 3)]  # layouts that are tried, the plainest first
-_READABLE_PT = 6.0
+_LEAST_READABLE = _TEXT_PT / 6.0  # how many times smaller a diagram may be drawn for letters of 6 pt
 _POINTS = 72.0
 
 
@@ -59,7 +57,7 @@ class _Line:
     @property
     def font(self) -> FontProperties:
         return FontProperties(
-            family="DejaVu Sans",
+            family=STYLE["font.family"],
             size=self.size_pt,
             weight="bold" if self.bold else "normal",
             style="italic" if self.italic else "normal",
@@ -92,7 +90,7 @@ class _Box:
         return lines + len(self.compartments) * _PAD_PT
 
 
-def class_diagram(graph: ClassGraph, *, max_lines: int = 8, width_in: float = PAGE_WIDTH_IN) -> SuiteFigure:
+def class_diagram(graph: ClassGraph, *, max_lines: int = 8) -> SuiteFigure:
     """Draw a class graph in the manner of UML.
 
     Mixins have a broken frame, classes of PyTorch a blue one, the Auto side a green one; abstract members and members
@@ -102,10 +100,11 @@ def class_diagram(graph: ClassGraph, *, max_lines: int = 8, width_in: float = PA
     Args:
         graph: what to draw; filter it with :meth:`ClassGraph.select`.
         max_lines: most attributes and most members in one box; the rest is counted.
-        width_in: most width in inches; a wider diagram is drawn smaller.
 
     Returns:
-        A figure as large as the diagram.
+        A figure as large as the diagram: at most as wide as a page, or as the width that is set (``figure_settings``),
+        in which it is drawn smaller, down to letters of 6 pt. A diagram whose letters would be smaller stays wider than
+        that width.
 
     Raises:
         FigureError: no class is visible.
@@ -120,15 +119,15 @@ def class_diagram(graph: ClassGraph, *, max_lines: int = 8, width_in: float = PA
         raise FigureError("no class to draw: every one is hidden. Select with a larger depth or another pattern.")
     arrows = _drawn_arrows(graph)
     boxes = {node.name: _box(graph, node, max_lines) for node in graph.nodes}
-    layout = _readable_layout(boxes, arrows, width_in)
+    layout, reduction = _readable_layout(boxes, arrows, current_settings().layout_width_in(PAGE_WIDTH_IN))
     left, bottom, right, top = _bounds(layout)
     legend = _legend_entries(graph, arrows)
     natural_width = max(right - left, 60.0) + 2 * _PAD_PT
-    scale = 1 / _reduction(layout, width_in)
+    scale = 1 / reduction
     rows = _legend_rows(legend, natural_width * scale)
     height = (top - bottom + 2 * _PAD_PT) * scale + len(rows) * _LEGEND_PT
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(natural_width * scale / _POINTS, height / _POINTS))
+    with drawing(PAGE_WIDTH_IN, 1, layout=None) as figure:
+        set_size(figure, natural_width * scale / _POINTS, height / _POINTS)
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(left - _PAD_PT, left - _PAD_PT + natural_width)
@@ -162,7 +161,7 @@ def _written_base(graph: ClassGraph, arrow: Arrow) -> bool:
 def _box(graph: ClassGraph, node: ClassNode, max_lines: int) -> _Box:
     title = [_Line(node.name, _TITLE_PT, bold=True, italic=node.abstract, centred=True)]
     if any(_written_base(graph, arrow) for arrow in graph.arrows if arrow.source == node.name):
-        title.append(_Line("is an nn.Module", _LABEL_PT, centred=True))
+        title.append(_Line(tr("is an nn.Module"), _LABEL_PT, centred=True))
     overridden = {(member.overrides, member.name) for other in graph.nodes for member in graph.shown_members(other)}
     attributes = [_Line(part.label, _TEXT_PT) for part in graph.shown_parts(node)]
     members = [
@@ -176,7 +175,7 @@ def _box(graph: ClassGraph, node: ClassNode, max_lines: int) -> _Box:
 def _cut(lines: list[_Line], max_lines: int) -> list[_Line]:
     if len(lines) <= max_lines:
         return lines
-    return [*lines[: max_lines - 1], _Line(f"… {len(lines) - max_lines + 1} more", _TEXT_PT)]
+    return [*lines[: max_lines - 1], _Line(tr("… {count} more", count=len(lines) - max_lines + 1), _TEXT_PT)]
 
 
 def _ends(arrow: Arrow) -> tuple[str, str]:
@@ -196,14 +195,28 @@ def _reduction(layout: Any, width_in: float) -> float:
     return max(1.0, width / (width_in * _POINTS), height / (PAGE_HEIGHT_IN * _POINTS))
 
 
-def _readable_layout(boxes: dict[str, _Box], arrows: Sequence[Arrow], width_in: float) -> Any:
-    """Try layouts until the text prints readably; if it never does, the one in which it prints largest."""
+def _readable_layout(boxes: dict[str, _Box], arrows: Sequence[Arrow], width_in: float) -> tuple[Any, float]:
+    """Try layouts until the text prints readably; if it never does, the one in which it prints largest.
+
+    Returns:
+        The layout, and how many times smaller it is drawn: more than is readable only where a page has no more room.
+    """
+    layout = _largest_layout(boxes, arrows, width_in)
+    reduction = _reduction(layout, width_in)
+    if reduction <= _LEAST_READABLE or width_in >= PAGE_WIDTH_IN:
+        return layout, reduction
+    layout = _largest_layout(boxes, arrows, PAGE_WIDTH_IN)
+    return layout, max(_LEAST_READABLE, _reduction(layout, PAGE_WIDTH_IN))
+
+
+def _largest_layout(boxes: dict[str, _Box], arrows: Sequence[Arrow], width_in: float) -> Any:
+    """The first layout that prints readably at a width, or the one that prints largest."""
     best: Any = None
     for rows_of_bases, rows_of_parts in _ROWS:
         layout = _layout(boxes, arrows, rows_of_bases, rows_of_parts)
         if best is None or _reduction(layout, width_in) < _reduction(best, width_in):
             best = layout
-        if _TEXT_PT / _reduction(best, width_in) >= _READABLE_PT:
+        if _reduction(best, width_in) <= _LEAST_READABLE:
             break
     return best
 
@@ -248,7 +261,7 @@ def _draw_box(axes: Axes, box: _Box, position: str, scale: float) -> None:
     x, y = (float(value) for value in position.split(","))
     left, top = x - box.width_pt / 2, y + box.height_pt / 2
     kind = box.node.kind
-    frame: dict[str, Any] = {"edgecolor": NODE_EDGES[kind], "linewidth": 0.9 * scale}
+    frame: dict[str, Any] = {"edgecolor": NODE_EDGES[kind], "linewidth": pt(0.9 * scale)}
     axes.add_patch(
         Rectangle(
             (left, top - box.height_pt),
@@ -263,7 +276,7 @@ def _draw_box(axes: Axes, box: _Box, position: str, scale: float) -> None:
     for index, lines in enumerate(box.compartments):
         if index:
             axes.plot(
-                [left, left + box.width_pt], [top, top], color=frame["edgecolor"], linewidth=0.6 * scale, zorder=3
+                [left, left + box.width_pt], [top, top], color=frame["edgecolor"], linewidth=pt(0.6 * scale), zorder=3
             )
         top -= _PAD_PT / 2
         for line in lines:
@@ -274,7 +287,7 @@ def _draw_box(axes: Axes, box: _Box, position: str, scale: float) -> None:
 
 def _write(axes: Axes, line: _Line, x: float, y: float, scale: float, color: str = "#000000") -> None:
     font = line.font
-    font.set_size(line.size_pt * scale)
+    font.set_size(pt(line.size_pt * scale))
     axes.text(
         x, y, line.text, fontproperties=font, color=color, zorder=4,
         horizontalalignment="center" if line.centred else "left", verticalalignment="center_baseline",
@@ -292,7 +305,7 @@ def _draw_arrow(axes: Axes, arrow: Arrow, edge: Any, scale: float) -> None:
             Path(points, [Path.MOVETO, *[Path.CURVE4] * (len(points) - 1)]),
             facecolor="none",
             edgecolor=color,
-            linewidth=0.8 * scale,
+            linewidth=pt(0.8 * scale),
             linestyle=style,
             zorder=1,
         )
@@ -329,7 +342,7 @@ def _draw_head(
             closed=head != "open",
             facecolor={"inherits": "#ffffff", "has": color, "open": "none"}[head],
             edgecolor=color,
-            linewidth=0.8 * scale,
+            linewidth=pt(0.8 * scale),
             zorder=3,
         )
     )
@@ -348,8 +361,8 @@ class _Entry:
 def _legend_entries(graph: ClassGraph, arrows: Iterable[Arrow]) -> list[_Entry]:
     kinds = {node.kind for node in graph.nodes}
     relations = {arrow.kind for arrow in arrows}
-    return [_Entry(kind, text) for kind, text in _KIND_NAMES.items() if kind in kinds] + [
-        _Entry(kind, text) for kind, text in _ARROW_NAMES.items() if kind in relations
+    return [_Entry(kind, tr(text)) for kind, text in _KIND_NAMES.items() if kind in kinds] + [
+        _Entry(kind, tr(text)) for kind, text in _ARROW_NAMES.items() if kind in relations
     ]
 
 
@@ -372,13 +385,13 @@ def _draw_legend(axes: Axes, rows: list[list[_Entry]], left: float, top: float, 
                 axes.add_patch(
                     Rectangle(
                         (x, y - 4 / scale), 18 / scale, 8 / scale, facecolor=NODE_COLORS[entry.sample],
-                        edgecolor=NODE_EDGES[entry.sample], linestyle=_NODE_LINES[entry.sample], linewidth=0.9,
+                        edgecolor=NODE_EDGES[entry.sample], linestyle=_NODE_LINES[entry.sample], linewidth=pt(0.9),
                     )
                 )  # fmt: skip
             else:
                 color = _ARROW_COLORS[entry.sample]
                 style = (0, (3, 2)) if entry.sample == "builds" else "-"
-                axes.plot([x, x_end], [y, y], color=color, linewidth=0.8, linestyle=style, zorder=1)
+                axes.plot([x, x_end], [y, y], color=color, linewidth=pt(0.8), linestyle=style, zorder=1)
                 if entry.sample == "has":
                     _draw_head(axes, (x, y), (x_end, y), "has", color, 1)
                 else:
@@ -391,75 +404,9 @@ def _draw_legend(axes: Axes, rows: list[list[_Entry]], left: float, top: float, 
 def _in_words(graph: ClassGraph, arrows: Iterable[Arrow]) -> str:
     by_kind = {kind: [arrow for arrow in arrows if arrow.kind == kind] for kind in _ARROW_NAMES}
     lineage = graph.classes[graph.roots[0]].mro
-    held = ", ".join(f"{arrow.source} holds {arrow.target}" for arrow in by_kind["has"])
-    return (
-        f"Class diagram of {len(graph.nodes)} classes. {lineage[0]} inherits from "
-        f"{', '.join(name for name in lineage[1:] if name not in graph.hidden) or 'nothing'}. {held}"
-    ).strip()
-
-
-# ------------------------------------------------------------------------------------------------------ module tree
-
-_ROW_IN = 0.19
-_NAME_IN, _COLUMN_IN = 2.75, 0.85
-
-
-def module_tree_figure(tree: ModuleTree) -> SuiteFigure:
-    """Draw a module tree as a table with a bar a row: the bytes of the module, as a share of the whole.
-
-    Args:
-        tree: from :func:`glmlab.structure.modules.module_tree`.
-
-    Returns:
-        A figure of the page's width. Dark bars are bytes that no row below shows; they add up to the whole.
-    """
-    height = (len(tree.rows) + 2.2) * _ROW_IN
-    width = PAGE_WIDTH_IN
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(width, height))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_axis_off()
-        axes.set_xlim(0, width)
-        axes.set_ylim(-len(tree.rows) - 1.2, 1.0)
-        starts = [0.06, *(_NAME_IN + _COLUMN_IN * column for column in (1, 2, 3.15))]
-        bar_left = starts[3] + 0.1
-        bar_width = width - bar_left - 0.62
-        for text, x in zip(("module", "parameters", "bytes", "step returns"), starts, strict=True):
-            _cell(axes, text, x, 0, right=x > 1, bold=True)
-        _cell(axes, "share of bytes", bar_left, 0, bold=True)
-        axes.axhline(-0.5, color="#333333", linewidth=0.8)
-        for line, row in enumerate(tree.rows, start=1):
-            if line % 2 == 0:
-                axes.axhspan(-line - 0.5, -line + 0.5, color="#f5f5f5", zorder=0, linewidth=0)
-            _cell(axes, row.label, starts[0] + 0.11 * row.level, -line, bold=row.level == 0)
-            for text, x in (
-                (f"{row.parameters:,}", starts[1]),
-                (format_bytes(row.total_bytes), starts[2]),
-                (format_shape(row.output_shape), starts[3]),
-            ):
-                _cell(axes, text, x, -line, right=True)
-            share, own = row.total_bytes / tree.total_bytes, row.own_bytes / tree.total_bytes
-            axes.barh(-line, share * bar_width, left=bar_left, height=0.62, color=_BAR_COLOR, zorder=1)
-            axes.barh(-line, own * bar_width, left=bar_left, height=0.62, color=_OWN_COLOR, zorder=2)
-            _cell(axes, f"{share:.1%}", bar_left + share * bar_width + 0.05, -line)
-        note = (
-            "Dark: bytes of the module itself; they add up to 100 %. Light: with those of its parts. "
-            f"Returned shapes: one decode step after {tree.context_tokens} tokens."
-        )
-        _cell(axes, note, starts[0], -len(tree.rows) - 0.85)
-    largest = max(tree.rows, key=lambda row: row.own_bytes)
-    figure.alt_text = (
-        f"Module tree of {tree.name}: {tree.parameters:,} parameters in {format_bytes(tree.total_bytes)}. The largest "
-        f"share of bytes, {largest.own_bytes / tree.total_bytes:.0%}, is in {largest.path}."
-    )
-    return figure
-
-
-_BAR_COLOR, _OWN_COLOR = "#b9d9ee", "#0072b2"
-
-
-def _cell(axes: Axes, text: str, x: float, y: float, *, right: bool = False, bold: bool = False) -> None:
-    axes.text(
-        x, y, text, fontsize=6.8, family="DejaVu Sans", weight="bold" if bold else "normal", zorder=3,
-        horizontalalignment="right" if right else "left", verticalalignment="center_baseline", parse_math=False,
-    )  # fmt: skip
+    held = ", ".join(tr("{whole} holds {part}", whole=arrow.source, part=arrow.target) for arrow in by_kind["has"])
+    return tr(
+        "Class diagram of {count} classes. {root} inherits from {bases}. {held}",
+        count=len(graph.nodes), root=lineage[0], held=held,
+        bases=", ".join(name for name in lineage[1:] if name not in graph.hidden) or tr("nothing"),
+    ).strip()  # fmt: skip

@@ -1,22 +1,27 @@
-"""How every figure of the suite looks, shows itself in a notebook, and is saved with its data."""
+"""How every figure of the suite looks, and how it shows itself in a notebook."""
 
-import json
-import os
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import cache
 from html import escape
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pandas as pd
+import numpy as np
 from matplotlib import font_manager
+from matplotlib.artist import Artist
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
+from matplotlib.typing import ColorType
 
-from glmlab.errors import GlmlabError
+from glmlab.figures.settings import STYLES, FigureSettings, current_settings
 from glmlab.resources import data_path
 
 COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindness and in greyscale by its order
@@ -70,31 +75,50 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "lines.linewidth": 1.4,
+    "hatch.linewidth": 0.6,
     "pdf.fonttype": 42,
     "ps.fonttype": 42,
     "svg.hashsalt": "glmlab",
     "savefig.dpi": 200,
 }
-"""matplotlib settings of the suite; fonts are embedded as TrueType."""
+"""matplotlib settings of the suite in the paper style; fonts are embedded as TrueType.
 
-FORMATS = ("pdf", "svg", "png")
+An SVG has its letters as outlines: it then looks the same where the fonts are not installed. What a picture says
+stands in its title and description, as text.
+"""
+
+_POINT_SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize", "lines.linewidth", "grid.linewidth",
+    "hatch.linewidth")  # fmt: skip
+_OTHER_POINT_SIZES = (  # of matplotlib's own, which a style scales as well
+    "axes.linewidth", "lines.markersize", "patch.linewidth", "axes.labelpad", "axes.titlepad", "xtick.major.size",
+    "xtick.minor.size", "xtick.major.width", "xtick.minor.width", "xtick.major.pad", "xtick.minor.pad",
+    "ytick.major.size", "ytick.minor.size", "ytick.major.width", "ytick.minor.width", "ytick.major.pad",
+    "ytick.minor.pad",
+)  # fmt: skip
+
+HATCHES = {
+    "kv": "////",
+    "kv copies": "\\\\\\\\",
+    "activations": "....",
+    "slack small": "xxxx",
+    "slack large": "----",
+}
+"""Pattern of the components that lie side by side, for readers and printers without colour."""
 
 _SCREEN_DPI = 144
-
-
-class FigureError(GlmlabError):
-    """A figure cannot be drawn from the data given."""
 
 
 class SuiteFigure(Figure):
     """A matplotlib Figure that shows itself in a notebook, with a text for readers who do not see it."""
 
     alt_text = ""
+    settings = FigureSettings()
+    """The settings that it was drawn with."""
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         png = BytesIO()
-        with matplotlib.rc_context(STYLE):
-            self.savefig(png, format="png", dpi=_SCREEN_DPI, metadata=_metadata("png", "figure"))
+        with matplotlib.rc_context(style_rc(self.settings)):
+            self.savefig(png, format="png", dpi=_SCREEN_DPI, metadata={"Title": "figure", "Software": "glmlab"})
         width, height = (int(inches * 96) for inches in self.get_size_inches())
         return picture_bundle(png.getvalue(), self.alt_text, width, height)
 
@@ -126,57 +150,148 @@ def picture_bundle(png: bytes, alt: str, width: int, height: int) -> tuple[dict[
     )
 
 
-def save_figure(
-    figure: Figure,
-    stem: str | os.PathLike[str],
-    *,
-    data: pd.DataFrame,
-    provenance: Mapping[str, Any],
-    formats: Sequence[str] = FORMATS,
-) -> list[Path]:
-    """Save a figure with what it shows: ``STEM.pdf``, ``.svg``, ``.png``, ``.csv`` and ``.json``.
+def style_rc(settings: FigureSettings) -> dict[Any, Any]:
+    """Matplotlib settings of a style: :data:`STYLE` with every size in points scaled.
 
-    Equal figures give equal bytes: the only date is that of SOURCE_DATE_EPOCH, where it is set.
+    Example:
+        >>> style_rc(FigureSettings("slide"))["font.size"]
+        14.4
+    """
+    sizes = {name: STYLE[name] for name in _POINT_SIZES}
+    sizes |= {name: matplotlib.rcParamsDefault[name] for name in _OTHER_POINT_SIZES}  # type: ignore[index]
+    scaled = {name: size * settings.scale for name, size in sizes.items()}
+    return {**STYLE, **scaled, "savefig.dpi": STYLES[settings.style].dpi}
+
+
+@contextmanager
+def drawing(
+    width_in: float, height_in: float, *, layout: str | None = "constrained", **rc: Any
+) -> Iterator[SuiteFigure]:
+    """Make a figure and draw it in the block, in the style, width and language that are set (``figure_settings``).
 
     Args:
-        figure: from a function of this module.
-        stem: path without suffix; its folder is made.
-        data: the table that the figure shows.
-        provenance: where the data come from; it becomes the ``.json``.
-        formats: of pdf, svg, png.
+        width_in: its natural width in inches of the paper style; where another width is set, the figure has that one.
+        height_in: its height, the same at every width.
+        layout: matplotlib's layout engine; None for figures that place everything themselves.
+        rc: matplotlib settings beside those of the style, with ``_`` for the dots of their names.
 
-    Returns:
-        The files written.
-
-    Raises:
-        FigureError: an unknown format, or a folder that cannot be written.
+    Example:
+        >>> with drawing(6.3, 4.0, axes_grid=False) as figure:
+        ...     _ = figure.subplots()
+        >>> figure.get_size_inches().tolist()
+        [6.3, 4.0]
     """
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise FigureError(f"format {unknown[0]!r} is not known. Use {', '.join(FORMATS)}.")
-    base = Path(stem)
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FigureError(f"{base.parent} cannot be made ({error.strerror}). Choose another folder.") from error
-    written = []
-    with matplotlib.rc_context(STYLE):
-        for name in formats:
-            path = base.with_name(f"{base.name}.{name}")
-            figure.savefig(path, metadata=_metadata(name, base.name))
-            written.append(path)
-    csv_path, json_path = base.with_name(f"{base.name}.csv"), base.with_name(f"{base.name}.json")
-    data.to_csv(csv_path, index=False, lineterminator="\n")
-    json_path.write_text(
-        json.dumps(dict(provenance), indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
-    )
-    return [*written, csv_path, json_path]
+    settings = current_settings()
+    own: dict[Any, Any] = {name.replace("_", "."): value for name, value in rc.items()}
+    with matplotlib.rc_context({**style_rc(settings), **own}):
+        figure = SuiteFigure(layout=layout)  # type: ignore[arg-type]
+        figure.settings = settings
+        set_size(figure, settings.layout_width_in(width_in), height_in)
+        yield figure
+        if settings.width_mm is not None and layout is not None:
+            _wrap_labels(figure)
 
 
-def _metadata(file_format: str, title: str) -> dict[str, Any]:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    date = datetime.fromtimestamp(int(epoch), UTC) if epoch else None
-    if file_format == "pdf":
-        return {"Title": title, "Creator": "glmlab", "Producer": None, "CreationDate": date}
-    if file_format == "svg":
-        return {"Title": title, "Creator": "glmlab", "Date": date.isoformat() if date else None}
-    return {"Title": title, "Software": "glmlab"}
+def set_size(figure: SuiteFigure, width_in: float, height_in: float) -> None:
+    """Size a figure in inches of the paper style."""
+    figure.set_size_inches(width_in * figure.settings.scale, height_in * figure.settings.scale)
+
+
+def legend_below(figure: SuiteFigure, handles: Sequence[Artist], labels: Sequence[str], *, ncols: int = 1) -> None:
+    """Put a legend below the panels, in at most ``ncols`` columns and as many as the width has room for."""
+    points = float(matplotlib.rcParams["legend.fontsize"])
+    room_in = figure.get_figwidth() - points / 72
+    mark_in = 4.8 * points / 72  # the sample of a line or area, and the gaps beside it
+    for columns in range(min(ncols, len(labels)), 0, -1):
+        parts = np.array_split([text_width_in(label, points) + mark_in for label in labels], columns)
+        if sum(float(part.max()) for part in parts) <= room_in:
+            break
+    lines = [wrapped(label, room_in - mark_in, points) for label in labels] if columns == 1 else labels
+    figure.legend(handles, lines, loc="outside lower center", ncols=columns)
+
+
+def _wrap_labels(figure: SuiteFigure) -> None:
+    """Break titles and labels of axes into lines that fit the figure; the letters keep their size."""
+    figure.draw_without_rendering()
+    whole_in = figure.get_figwidth()
+    for axes in figure.axes:
+        panel = axes.get_window_extent()
+        middle_in = (panel.x0 + panel.x1) / 2 / figure.dpi
+        alone = len({round(other.get_window_extent().x0) for other in figure.axes}) == 1
+        # centred on the panel, a text may be as wide as leaves it inside the figure, or beside its neighbours
+        room_in = 2 * min(middle_in, whole_in - middle_in) if alone else panel.width / figure.dpi * 1.1
+        for text in (axes.title, axes.xaxis.label, *(child.xaxis.label for child in axes.child_axes)):
+            _wrap(text, room_in)
+        _wrap(axes.yaxis.label, panel.height / figure.dpi * 1.05)
+    for text in (figure._suptitle, figure._supxlabel):  # type: ignore[attr-defined]
+        if text is not None:
+            _wrap(text, whole_in)
+
+
+def _wrap(text: Text, room_in: float) -> None:
+    text.set_text(wrapped(text.get_text(), room_in, float(text.get_fontsize())))
+
+
+def wrapped(text: str, room_in: float, points: float) -> str:
+    """Text in lines of at most ``room_in`` inches: at blanks where it can, between Chinese characters, never in a word.
+
+    Example:
+        >>> wrapped("context length (tokens)", 1.0, 9.0)
+        'context length\\n(tokens)'
+        >>> wrapped("輪次", 9.0, 9.0)
+        '輪次'
+    """
+    return "\n".join(_lines(line, room_in, points) for line in text.split("\n"))
+
+
+def _lines(text: str, room_in: float, points: float) -> str:
+    """One line of text, broken where it must be."""
+    if text_width_in(text, points) <= room_in:
+        return text
+    starts = [0, *(i for i, (before, after) in enumerate(pairwise(text), 1) if _may_break(before, after))]
+    words = [text[start:end] for start, end in pairwise([*starts, len(text)])]
+    lines = [""]
+    for word in words:
+        if lines[-1] and text_width_in((lines[-1] + word).rstrip(), points) > room_in:
+            lines.append("")
+        lines[-1] += word
+    return "\n".join(line.rstrip() for line in lines)
+
+
+_OPENING, _CLOSING = "（「『(", "，。；：！？）」』、,.;:!?)"  # what no line ends and begins with
+
+
+def _may_break(before: str, after: str) -> bool:
+    """Whether a line may end between two characters."""
+    if before in _OPENING or after in _CLOSING or after == " ":
+        return False
+    return before == " " or max(before, after) > "\u2e7f"
+
+
+@cache
+def text_width_in(text: str, points: float) -> float:
+    """Width of a text in inches, in the fonts of the figures."""
+    font = font_manager.FontProperties(family=STYLE["font.family"], size=points)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, False)
+    return float(width) / 72
+
+
+def luminance(color: ColorType) -> float:
+    """Relative luminance of a colour, 0 (black) to 1 (white), as WCAG 2.1 defines it.
+
+    Example:
+        >>> luminance("white"), round(luminance("#767676"), 2)
+        (1.0, 0.18)
+    """
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear).round(9))
+
+
+def ink_on(background: ColorType) -> str:
+    """Black or white, whichever reads better on a colour: a contrast of 4.5 or more on any.
+
+    Example:
+        >>> ink_on("#0072b2"), ink_on("#e69f00")
+        ('#ffffff', '#000000')
+    """
+    return "#000000" if (luminance(background) + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"

@@ -95,6 +95,19 @@ class Run:
         replayer.run(self.schedule[: row + 1])
         return replayer.segments()
 
+    def segments_at(self, context_tokens: int) -> list[Any]:
+        """Segments with their blocks after the first step that reaches a context length.
+
+        Raises:
+            ForecastError: the run ends before.
+        """
+        reached = self.schedule[self.rows, 2]
+        if context_tokens > reached[-1]:
+            raise ForecastError(
+                f"the run ends at {reached[-1]:,} tokens, before {context_tokens:,}. Ask for fewer, or give more turns."
+            )
+        return self.segments_after(int(self.rows[np.searchsorted(reached, context_tokens)]))
+
 
 def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
     """Memory at every step of a workload, by component.

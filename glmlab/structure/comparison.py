@@ -113,6 +113,24 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
     )
 
 
+ASIDE = ("InvalidScoreLogitsProcessor", "LogitsProcessor", "PrefixEncoder", "AutoModelForSeq2SeqLM")
+"""Classes of the published file, beside those for classification, that a chat does not touch."""
+
+
+def chat_side(original: ClassGraph) -> ClassGraph:
+    """The published classes without what a chat does not touch: classification and prefix tuning.
+
+    Example:
+        >>> from glmlab.resources import data_path
+        >>> from glmlab.structure.source import read_class_facts
+        >>> graph = read_class_facts(data_path("structure", "chatglm3-6b.json"))
+        >>> "PrefixEncoder" in graph.classes, any(node.name == "PrefixEncoder" for node in chat_side(graph).nodes)
+        (True, False)
+    """
+    kept = [name for name in original.classes if name not in ASIDE and "SequenceClassification" not in name]
+    return original.select(include=kept)
+
+
 def _short(path: str) -> str:
     """The last parts of a path that a reader needs: module names of transformers and PyTorch are left out."""
     library, _, _ = path.partition(".")

@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
 from glmlab.figures import FigureError, save_figure
-from glmlab.figures.structure import NODE_COLORS, PAGE_HEIGHT_IN, PAGE_WIDTH_IN, class_diagram, module_tree_figure
+from glmlab.figures.module_tree import module_tree_figure
+from glmlab.figures.structure import NODE_COLORS, PAGE_HEIGHT_IN, PAGE_WIDTH_IN, class_diagram
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import build_skeleton, load_config
 from glmlab.resources import data_path
