@@ -316,6 +316,19 @@ def figures(
 
 
 @app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="the document to write: .html or .pdf")] = Path("report.html"),
+    folder: Annotated[Path, typer.Option(help="where the executed notebooks are")] = Path("notebooks"),
+    browser: Annotated[str | None, typer.Option(help="browser that prints the PDF; default: Chromium on PATH")] = None,
+) -> None:
+    """Bind the notebooks and their figures into one document, which needs no other file and no network."""
+    from glmlab.report import write_report
+
+    written = write_report(out, folder=folder, browser=browser)
+    typer.echo(f"{written}: {written.stat().st_size / 2**20:.1f} MiB")
+
+
+@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="where the values go, as JSON")] = Path("build/bench.json"),
     repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,

@@ -28,7 +28,7 @@ def test_help_names_every_command_and_loads_no_torch():
         "import sys; from glmlab.cli import app; app(['--help'], standalone_mode=False); print('torch' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    for command in ("fetch", "chat", "record", "forecast", "replay", "compare", "notebooks", "doctor"):
+    for command in ("fetch", "chat", "record", "forecast", "replay", "compare", "notebooks", "figures", "report", "doctor"):
         assert command in shown
     assert shown.endswith("False\n")
 
@@ -78,6 +78,11 @@ def test_a_recording_lands_where_it_is_asked_for(tmp_path):
         (["forecast", "chatglm3-6b", "--card", "RTX 9999"], "glmlab: "),
         (["replay", "nowhere.pickle"], "glmlab: nowhere.pickle"),
         (["compare"], "glmlab: nothing to compare"),
+        (["figures", "--width", "86"], "glmlab: width '86' is not a length. Give a number and mm, cm or in"),
+        (["figures", "--format", "pdf,bmp"], "glmlab: format 'bmp' is not known"),
+        (["figures", "no_such_figure"], "glmlab: figure 'no_such_figure' is not known"),
+        (["report", "--out", "report.docx"], "glmlab: report.docx is neither .html nor .pdf"),
+        (["report", "--folder", "nowhere"], "glmlab: nowhere holds no notebooks"),
         (["notebooks", "--folder", "nowhere"], "glmlab: nowhere holds no notebooks"),
         (["notebooks", "99"], "glmlab: '99' names no notebook of notebooks"),
         (["notebooks", "04", "-p", "precision"], "glmlab: parameter 'precision' is not name=value"),

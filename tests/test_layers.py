@@ -17,7 +17,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("latency",),
     ("structure", "figures", "stepper"),
     ("notebooks", "doctor", "bench", "evidence", "gallery"),
-    ("contents",),
+    ("contents", "report"),
     ("cli",),
     ("__main__",),
 )
