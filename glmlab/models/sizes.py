@@ -131,8 +131,13 @@ def _quantized_bytes(linear: nn.Linear, precision: str) -> tuple[int, int]:
 
 
 def quantisation_state_of(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return what bitsandbytes keeps beside a quantised weight: absmax and code (int4), row scales (int8)."""
+    """Return what bitsandbytes keeps beside a quantised weight: absmax and code (int4), row scales (int8).
+
+    The row scales of int8 move from the weight to the module's ``state`` in the first forward pass.
+    """
     if (state := getattr(tensor, "quant_state", None)) is not None:
         return [state.absmax, state.code]
+    if tensor is not getattr(module, "weight", None):  # a bias has none, but its module does
+        return []
     row_scales = [getattr(owner, "SCB", None) for owner in (tensor, getattr(module, "state", None))]
     return [scales for scales in row_scales if isinstance(scales, torch.Tensor)][:1]

@@ -76,6 +76,13 @@ def test_tied_weights_count_once(tmp_path):
     assert measure_bytes(model)["head"] == 0
 
 
+def test_int8_keeps_its_bytes_when_the_scales_move_in_the_first_forward_pass():
+    loaded = load_model("embedded", precision="int8", device="cpu")
+    with torch.no_grad():
+        loaded.model(torch.tensor([[5, 6, 7]]))
+    assert measure_bytes(loaded.model) == loaded.report.bytes_by_component
+
+
 @pytest.mark.parametrize(
     ("config_class", "model_class"), [(Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
 )
