@@ -20,7 +20,7 @@ from glmlab.errors import GlmlabError
 from glmlab.memory.allocation_trace import Turn
 from glmlab.memory.curve import Curve, read_curve
 from glmlab.memory.forecast import forecast, run_workload
-from glmlab.memory.workload import DEFAULT_PROMPT, Workload, WorkloadError, find_card
+from glmlab.memory.workload import Workload, WorkloadError, find_card
 
 CHAPTER_TRACE = "chatglm3-6b-original-int4"
 """What the chapter ran; the workload of its log where no other is given."""
@@ -275,5 +275,4 @@ def _architecture(gpus: Sequence[Any], compute_capability: str) -> str:
 def _one_turn(workload: Workload, tokens: int) -> Workload:
     """One turn that reaches ``tokens``, or the model's limit."""
     limit = run_workload(workload).trace.facts.context_limit or tokens
-    tokens = max(min(tokens, limit), DEFAULT_PROMPT)
-    return workload.with_turns([(DEFAULT_PROMPT, tokens - DEFAULT_PROMPT + 1)])
+    return workload.with_tokens(max(1, min(tokens, limit)))

@@ -26,7 +26,7 @@ from glmlab.memory.blocks import SegmentView
 from glmlab.memory.curve import Curve
 from glmlab.memory.events import EMPTY_CACHE, EventProgram, Int64Array, Replay
 from glmlab.memory.replay import StepReplayer
-from glmlab.memory.workload import DEFAULT_PROMPT, Workload, WorkloadError, find_card
+from glmlab.memory.workload import Workload, WorkloadError, find_card
 from glmlab.units import MIB, format_bytes
 
 COMPONENTS = (
@@ -178,7 +178,9 @@ def cuda_context(workload: Workload) -> tuple[float, str]:
 def largest_context(workload: Workload, card: str) -> Capacity:
     """The longest context that fits on a card: one turn that goes on until the card or the model ends it.
 
-    The workload's own turns do not matter. A short prompt is read first; a long one needs more at once.
+    The workload's own turns do not matter. A short prompt is read first; a long one needs more at once. A static cache
+    takes its whole length with the first prefill: where ``static_tokens`` leaves that length open, the longest one that
+    fits is searched for, with a trace (some seconds) for every length that is tried.
 
     Raises:
         ForecastError: not even the model fits.
@@ -187,14 +189,44 @@ def largest_context(workload: Workload, card: str) -> Capacity:
         >>> largest_context(Workload.recorded("chatglm3-6b-original-int4"), "RTX 4060").limited_by
         'model'
     """
-    found = find_card(card)
-    on_card = replace(workload, card=found.name)
-    limit = _trace_of(on_card).facts.context_limit
+    on_card = replace(workload, card=find_card(card).name)
+    open_length = workload.cache == "static" and not workload.static_tokens
+    shortest = on_card.with_tokens(_shortest_static_cache()) if open_length else on_card
+    limit = _trace_of(shortest).facts.context_limit
     if not limit:
         raise ForecastError(
             f"{workload.name} states no context limit to search up to. Give turns and read the forecast."
         )
-    run = run_workload(on_card.with_turns([(DEFAULT_PROMPT, limit - DEFAULT_PROMPT + 1)]))
+    if workload.static_tokens:
+        limit = min(limit, workload.static_tokens)
+    run = run_workload(on_card.with_tokens(limit))
+    if open_length and run.replay.out_of_memory:
+        return _longest_static_cache(run_workload(shortest), run, limit)
+    return _capacity(run, limit)
+
+
+def _shortest_static_cache() -> int:
+    from glmlab.memory.tracing import LONGEST
+
+    return LONGEST
+
+
+def _longest_static_cache(fits: Run, too_long: Run, limit: int) -> Capacity:
+    """Halve the interval between a static cache that fits and one that does not, until they are one token apart."""
+    fails = limit
+    if fits.replay.out_of_memory:
+        raise _no_fit(fits)
+    while fails - fits.workload.context_tokens > 1:
+        run = run_workload(fits.workload.with_tokens((fails + fits.workload.context_tokens) // 2))
+        if run.replay.out_of_memory:
+            too_long, fails = run, run.workload.context_tokens
+        else:
+            fits = run
+    return replace(_capacity(fits, limit), limited_by="memory", message=str(too_long.replay.out_of_memory))
+
+
+def _capacity(run: Run, limit: int) -> Capacity:
+    """How far a single turn came."""
     rows = run.rows
     failure = run.replay.out_of_memory
     if len(rows) < 2:
@@ -202,7 +234,7 @@ def largest_context(workload: Workload, card: str) -> Capacity:
     used_mib = float(run.replay.reserved[rows[-1]] / MIB + run.context_mib)
     tokens = int(run.schedule[rows[-1], 2])
     message = str(failure) if failure else f"the model is made for {limit:,} tokens"
-    return Capacity(tokens, "memory" if failure else "model", message, found.name, used_mib)
+    return Capacity(tokens, "memory" if failure else "model", message, run.workload.card, used_mib)
 
 
 def _no_fit(run: Run) -> ForecastError:

@@ -161,6 +161,10 @@ class Workload:
         """Return the same workload with other turns."""
         return replace(self, turns=_turns(turns, None))
 
+    def with_tokens(self, tokens: int) -> "Workload":
+        """Return the same workload with one turn that reaches a context length, from a short prompt."""
+        return replace(self, turns=_turns(None, tokens))
+
     @property
     def context_tokens(self) -> int:
         """Context length after the last turn; the last generated token of a turn is not fed."""

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,22 @@ def test_full_size_fp16_fits_a_card_or_not() -> None:
     assert largest_context(workload, "RTX 3090").limited_by == "model"
     with pytest.raises(GlmlabError, match="does not fit on RTX 4060"):
         largest_context(workload, "RTX 4060")
+
+
+def test_a_static_cache_is_as_long_as_the_card_allows() -> None:
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096, "head_dim": 128}
+    config = {**read_config_json(find_config("llama-2-7b")), **heads, "num_hidden_layers": 1, "vocab_size": 1000}
+    config["max_position_embeddings"] = 1024
+    workload = Workload.of(config, cache="static", batch=640)  # 10 MiB of keys and values a token
+    capacity = largest_context(workload, "RTX 4060")
+    assert capacity.limited_by == "memory"
+    assert capacity.context_tokens < 1024
+    on_card = replace(workload, card="RTX 4060")
+    last = forecast(on_card.with_tokens(capacity.context_tokens), seeds=())
+    assert last.table["context_tokens"].iloc[-1] == capacity.context_tokens
+    assert last.table["used_mib"].iloc[-1] == capacity.used_mib
+    one_more = forecast(on_card.with_tokens(capacity.context_tokens + 1), seeds=())
+    assert "out_of_memory" in one_more.provenance
 
 
 # -------------------------------------------------------------------------------------- the recorder
