@@ -1,6 +1,6 @@
 """Where the driver puts what it gives: no replay can know, so rising addresses, or an order drawn from a seed."""
 
-from glmlab.memory.settings import FIRST_ADDRESS
+from glmlab.memory.settings import FIRST_ADDRESS, AllocatorError
 
 
 class Addresses:
@@ -16,7 +16,7 @@ class Addresses:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self._seed = seed
+        self._seed = checked_seed(seed)
         self._lowest = self._top = FIRST_ADDRESS
         self._taken = 0
 
@@ -29,6 +29,13 @@ class Addresses:
             return self._lowest
         self._top += n_bytes
         return self._top - n_bytes
+
+
+def checked_seed(seed: int | None) -> int | None:
+    """Return the seed; :class:`AllocatorError` for a negative one, which the compiled replay has no place for."""
+    if seed is not None and seed < 0:
+        raise AllocatorError(f"address_seed={seed}: seeds start at 0. Leave it out for rising addresses.")
+    return seed
 
 
 def coin(seed: int, index: int) -> bool:

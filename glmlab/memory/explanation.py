@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from glmlab.memory.allocation_trace import Request
 from glmlab.memory.curve import Curve
@@ -168,13 +169,19 @@ def _plateaus(run: Run, rises: Sequence[Rise]) -> tuple[Plateau, ...]:
                 last_step=last,
                 first_context=int(run.schedule[rows[first], 2]),
                 last_context=int(run.schedule[rows[last], 2]),
-                growing=_growing(run, int(rows[last])),
+                growing=_growing(run, _typical_row(run, rows[first:after])),
                 idle_small_mib=sum(size for pool, size in idle if pool == "small") / MIB,
                 idle_large_mib=sum(large) / MIB,
                 largest_idle_mib=tuple(size / MIB for size in large[:LARGEST_IDLE]),
             )
         )
     return tuple(plateaus)
+
+
+def _typical_row(run: Run, rows: npt.NDArray[np.int64]) -> int:
+    """The last of those rows that run the section which most of them run: a decode step, not a prefill between."""
+    sections = run.schedule[rows, 1]
+    return int(rows[sections == np.bincount(sections).argmax()][-1])
 
 
 def _growing(run: Run, row: int) -> tuple[Growing, ...]:

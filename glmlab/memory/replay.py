@@ -14,6 +14,7 @@ import numpy.typing as npt
 from numba.core import event as numba_events
 
 from glmlab.memory import kernels as k
+from glmlab.memory.addresses import checked_seed
 from glmlab.memory.allocator import Block, BlockView, CachingAllocator, SegmentView
 from glmlab.memory.events import (
     ALLOCATE,
@@ -208,7 +209,7 @@ class StepReplayer:
             k.SPACE_LARGE: k.NONE,
             k.TURN: -1,
             k.CAPACITY: capacity,
-            k.SEED: k.NO_SEED if address_seed is None else address_seed,
+            k.SEED: k.NO_SEED if (seed := checked_seed(address_seed)) is None else seed,
             k.EXPANDABLE: int(settings.expandable_segments),
             k.MAX_SPLIT: k.NO_LIMIT if limit is None else limit * MIB // BLOCK_BYTES,
             k.NON_SPLIT_ROUNDING: settings.max_non_split_rounding_mb * MIB // BLOCK_BYTES,

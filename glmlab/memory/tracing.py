@@ -197,7 +197,7 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
         )  # fmt: skip
         raise TraceError(
             f"{workload.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
-            "in its config.json."
+            "in its config.json; if they are right, please report this."
         ) from error
 
 

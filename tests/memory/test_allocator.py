@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from glmlab.memory.allocation_trace import load_recorded
 from glmlab.memory.allocator import Block, CachingAllocator
 from glmlab.memory.events import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
 from glmlab.memory.replay import StepReplayer, replay_readable
@@ -314,3 +315,11 @@ def assert_equal_replays(found: object, expected: object) -> None:
             assert other.tolist() == value.tolist(), name
         else:
             assert str(other) == str(value), name
+
+
+def test_a_negative_address_seed_is_refused_in_both_forms() -> None:
+    with pytest.raises(AllocatorError, match="address_seed=-1: seeds start at 0"):
+        CachingAllocator(address_seed=-1)
+    program = load_recorded("chatglm3-6b-original-int4").program
+    with pytest.raises(AllocatorError, match="address_seed=-1: seeds start at 0"):
+        StepReplayer(program, address_seed=-1)

@@ -183,6 +183,15 @@ def test_the_last_plateau_is_no_truncation(chapter: Curve) -> None:
     assert "2,049 tokens" in str(plateau)
 
 
+def test_a_plateau_that_ends_in_a_prefill_is_told_by_its_decode_steps() -> None:
+    turns = "8:3000,5:1"  # the second turn is one forward pass, which reads the prompt
+    *_, plateau = explain(forecast(Workload.recorded(TRACE, turns=turns), seeds=())).plateaus
+    assert plateau.last_context == 3012
+    *_, until_then = explain(forecast(Workload.recorded(TRACE, turns="8:3000"), seeds=())).plateaus
+    slopes = [(group.count, group.bytes_per_token) for group in plateau.growing]
+    assert slopes == [(group.count, group.bytes_per_token) for group in until_then.growing]
+
+
 def test_only_a_forecast_can_be_explained() -> None:
     table = pd.DataFrame({"step": [1], "turn": [1], "context_tokens": [9], "used_mib": [4700]})
     with pytest.raises(ForecastError, match="measured, not forecast"):
