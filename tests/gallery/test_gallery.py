@@ -22,6 +22,7 @@ from glmlab.figures.settings import STYLES, parse_width, tr
 from glmlab.figures.style import luminance
 from glmlab.gallery import CATALOGUE, GalleryError, Plate, find_entries, make_figures
 from glmlab.gallery.captions import CAPTIONS
+from glmlab.gallery.catalogue import LEFT_OUT
 from glmlab.gallery.plate import embedded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,13 +61,14 @@ def name(request) -> str:
     return request.param.name
 
 
-def test_every_figure_a_notebook_saves_is_in_the_catalogue():
+def test_every_figure_a_notebook_saves_is_in_the_catalogue_or_left_out_for_a_reason():
     names = {entry.name for entry in CATALOGUE}
     assert len(names) == len(CATALOGUE)
     notebooks = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))}
     saved = {stem: set(re.findall(r'Path\(output\) / \\"(\w+)\\"', text)) for stem, text in notebooks.items()}
     assert all(saved.values())
-    assert set().union(*saved.values()) <= names
+    assert set().union(*saved.values()) <= names | set(LEFT_OUT)
+    assert not names & set(LEFT_OUT)
     for entry in CATALOGUE:
         assert entry.notebook in notebooks
 
