@@ -348,11 +348,18 @@ def bench(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what will and will not work on this machine."""
-    from glmlab.doctor import examine
+def doctor(
+    model: Annotated[
+        str | None, typer.Option(help="say whether this model fits here: hub id, folder, config.json")
+    ] = None,
+    precision: Precision = "auto",
+    tokens: Annotated[int, typer.Option(help="context length to reach")] = 2048,
+    device: Device = "auto",
+) -> None:
+    """Say what will and will not work on this machine, or whether a model fits."""
+    from glmlab.doctor import examine, examine_model
 
-    for finding in examine():
+    for finding in examine() if model is None else examine_model(model, precision, tokens, device):
         typer.echo(str(finding))
 
 

@@ -1,8 +1,9 @@
-"""What works on this machine, and what not: versions, GPU, driver, fonts, memory."""
+"""What works on this machine, and what not: versions, GPU, driver, fonts, memory; and whether a model fits."""
 
 import importlib.metadata
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 from glmlab.units import format_bytes
 
@@ -38,6 +39,50 @@ def examine() -> list[Finding]:
         *_gpus(),
         _fonts(),
     ]
+
+
+def examine_model(model: str, precision: str, tokens: int, device: str = "auto") -> list[Finding]:
+    """Whether a model is on this machine, and whether it fits; nothing but a config is fetched.
+
+    Raises:
+        GlmlabError: as ``will_it_fit``.
+
+    Example:
+        >>> [finding.good for finding in examine_model("embedded", "fp32", tokens=100, device="cpu")]
+        [True, True, True]
+    """
+    from glmlab.memory.fit import will_it_fit
+
+    fit = will_it_fit(model, precision=precision, tokens=tokens, device=device)
+    if fit.fits:
+        verdict = f"It fits, with {format_bytes(fit.free_bytes - fit.asked.total_bytes)} to spare."
+    else:
+        verdict = f"It does not fit: {format_bytes(fit.asked.total_bytes - fit.free_bytes)} short. "
+        verdict += f"{fit.fitting}; it fits." if fit.fitting else "No precision fits: take a smaller model or context."
+    return [
+        _checkpoint(model),
+        Finding("free memory", f"{fit.device}: {format_bytes(fit.free_bytes)} of {format_bytes(fit.total_bytes)}"),
+        Finding(f"{fit.tokens:,} tokens", str(fit.asked), fit.fits, f"{verdict} {fit.assumed}".strip()),
+    ]
+
+
+def _checkpoint(model: str) -> Finding:
+    """Whether the files are here, without asking a hub."""
+    from glmlab.models.checkpoint_files import CheckpointError
+    from glmlab.models.checkpoints import find_checkpoint
+    from glmlab.models.hub import fetch_command, is_hub_id, look_up
+
+    if is_hub_id(model) and not Path(model).is_dir():
+        cached = look_up(model)
+        if cached is None or cached.missing:
+            found = "not on this machine" if cached is None else f"a half-download, without {cached.missing[0]}"
+            return Finding("checkpoint", found, False, f"Fetch it: {fetch_command(model)}")
+        return Finding("checkpoint", "on this machine")
+    try:
+        find_checkpoint(model)
+    except CheckpointError as error:
+        return Finding("checkpoint", "none that can be loaded", False, str(error))
+    return Finding("checkpoint", "on this machine")
 
 
 def _packages() -> list[Finding]:

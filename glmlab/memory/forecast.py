@@ -29,8 +29,11 @@ from glmlab.memory.replay import StepReplayer
 from glmlab.memory.workload import Workload, WorkloadError, find_card
 from glmlab.units import MIB, format_bytes
 
+WEIGHT_COLUMNS = tuple(f"{owner}_mib" for owner in WEIGHTS)
+"""Columns of the weights, by component."""
+
 COMPONENTS = (
-    *(f"{owner}_mib" for owner in WEIGHTS),
+    *WEIGHT_COLUMNS,
     "quantisation_state_mib",
     "kv_payload_mib",
     "kv_copies_mib",

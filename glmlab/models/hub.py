@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
-from glmlab.models.hub_clients import HUBS, HubClient, HubFile, HubUnreachableError, fits
+from glmlab.models.hub_clients import HUBS, Cached, HubClient, HubFile, HubUnreachableError, fits
 from glmlab.units import format_bytes
 
 NEEDED = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
@@ -154,8 +154,13 @@ def locate(model: str) -> Path:
     Raises:
         CheckpointError: as :func:`fetch`.
     """
-    cached = HUBS["huggingface"]().cached(model, NEEDED, NOT_NEEDED)
+    cached = look_up(model)
     return cached.folder if cached and not cached.missing else fetch(model).folder
+
+
+def look_up(model: str) -> Cached | None:
+    """What Hugging Face's cache holds of a model, without asking the hub; None where it holds nothing."""
+    return HUBS["huggingface"]().cached(model, NEEDED, NOT_NEEDED)
 
 
 def locate_config(model: str) -> Path:

@@ -24,20 +24,13 @@ from glmlab.models.chatglm3 import MODEL_TYPE, ChatGLMTokenizer
 from glmlab.models.checkpoint_files import CheckpointError, has_tokenizer, read_config_json
 from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config
 from glmlab.models.compiling import Compilation, CompiledForward
-from glmlab.models.sizes import (
-    BLOCK_4BIT,
-    FLOAT_PRECISIONS,
-    PRECISIONS,
-    measure_bytes,
-    predict_bytes,
-    quantized_linears,
-)
+from glmlab.models.placement import LoadError, choose_precision, dtype_beside, dtype_name, find_device
+from glmlab.models.sizes import FLOAT_PRECISIONS, PRECISIONS, measure_bytes, predict_bytes
 from glmlab.resources import data_path
 from glmlab.units import MIB, format_bytes
 
 Weights = Literal["checkpoint", "random"]
 
-_WORKING_BYTES = 128 * MIB  # activations and loading buffers that a load needs beside the weights
 _LARGE_FROM_BYTES = 64 * MIB  # below, loading is instant, and one CPU thread is faster than several
 _ALL_THREADS = torch.get_num_threads()
 
@@ -51,10 +44,6 @@ _OVERRULED = (  # fields that only change how the outputs look, and labels, whic
     "output_hidden_states",
     "num_labels",
 )
-
-
-class LoadError(GlmlabError):
-    """A model cannot be loaded as asked; the text says what is wrong and what to ask for instead."""
 
 
 @dataclass(frozen=True)
@@ -189,15 +178,15 @@ def load_model(
         raise LoadError(f"precision={precision!r} is not known. Use one of {', '.join(PRECISIONS)}, or auto.")
     if attention not in _ATTENTIONS:
         raise LoadError(f"attention={attention!r} is not known. Use 'sdpa' or 'eager'.")
-    target = _device(device)
+    target = find_device(device)
     folder = find_checkpoint(name) if weights == "checkpoint" else None
     config_file = folder / "config.json" if folder else find_config(name)
     config = load_config(config_file)
     if attention is not None:
         config._attn_implementation = attention
     skeleton = build_skeleton(config)
-    precision = _choose_precision(name, skeleton, precision, target)
-    dtype = _dtype(config, precision, target)
+    precision = choose_precision(name, skeleton, precision, target)
+    dtype = dtype_beside(config, precision, target)
 
     n_bytes = sum(predict_bytes(skeleton, precision, dtype).values())
     if target.type == "cpu":
@@ -219,7 +208,7 @@ def load_model(
             architecture=type(model).__name__,
             weights=weights,
             precision=precision,
-            dtype=_dtype_name(dtype),
+            dtype=dtype_name(dtype),
             attention=config._attn_implementation or "eager",
             device=_device_name(target),
             parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
@@ -318,104 +307,11 @@ def build_skeleton(config: Any) -> nn.Module:
     return model
 
 
-def _device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise LoadError(f"device={device!r} is not known. Use 'auto', 'cpu', 'cuda' or 'cuda:0'.") from error
-    if target.type not in ("cpu", "cuda"):
-        raise LoadError(f"device={device!r} is not supported: the suite measures CUDA GPUs and the CPU.")
-    if target.type == "cuda":
-        n_gpus = torch.cuda.device_count()
-        if not torch.cuda.is_available() or n_gpus == 0:
-            raise LoadError(
-                f"device={device!r}, but this PyTorch ({torch.__version__}) sees no CUDA GPU. Use device='cpu', or "
-                "check the driver with nvidia-smi and install a CUDA build of PyTorch; 'glmlab doctor' tells more."
-            )
-        if (target.index or 0) >= n_gpus:
-            raise LoadError(f"device={device!r}, but there are {n_gpus} GPUs: use cuda:0 to cuda:{n_gpus - 1}.")
-        return torch.device("cuda", target.index or 0)
-    return torch.device("cpu")
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
     return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, float_dtype in FLOAT_PRECISIONS.items() if float_dtype == dtype)
-
-
-def _dtype(config: Any, precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of everything that is not quantised.
-
-    Beside quantised layers it is the checkpoint's own half precision, but fp32 beside int4 on a CPU, whose kernels
-    compute in fp32 anyway; LLM.int8 takes half precision inputs only.
-    """
-    if precision in FLOAT_PRECISIONS:
-        return FLOAT_PRECISIONS[precision]
-    if precision == "int4" and device.type == "cpu":
-        return torch.float32
-    return _half(config)
-
-
-def _half(config: Any) -> torch.dtype:
-    return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def _choose_precision(name: str, skeleton: nn.Module, asked: str, device: torch.device) -> str:
-    """The asked precision, or for auto the first of the ladder that fits; refuses what does not fit."""
-    config = skeleton.config
-    ladder = ["fp32", "bf16"] if device.type == "cpu" else [_dtype_name(_half(config))]
-    ladder += ["int8", "int4"]
-    if misfits := _misfits_for_4bit(skeleton):
-        if asked == "int4":
-            raise LoadError(
-                f"{name} cannot be loaded in int4: {misfits[0]} input features, and bitsandbytes quantises in "
-                f"blocks of {BLOCK_4BIT}. Use precision='int8'."
-            )
-        ladder.remove("int4")
-    free_bytes = _free_bytes(device)
-
-    def need_bytes(precision: str) -> int:
-        weights = predict_bytes(skeleton, precision, _dtype(config, precision, device))
-        return sum(weights.values()) + _WORKING_BYTES
-
-    fitting = [precision for precision in ladder if need_bytes(precision) <= free_bytes]
-    chosen = (fitting[0] if fitting else ladder[-1]) if asked == "auto" else asked
-    if need_bytes(chosen) > free_bytes:
-        mend = (
-            f"precision='{fitting[0]}' needs {format_bytes(need_bytes(fitting[0]))} and would fit."
-            if fitting
-            else f"No precision fits: {ladder[-1]} needs {format_bytes(need_bytes(ladder[-1]))}. Free memory, "
-            "or use a smaller model."
-        )
-        raise LoadError(
-            f"{name} in {chosen} needs {format_bytes(need_bytes(chosen))}, but {device} has "
-            f"{format_bytes(free_bytes)} free. {mend}"
-        )
-    return chosen
-
-
-def _misfits_for_4bit(skeleton: nn.Module) -> list[str]:
-    return [
-        f"{name} has {linear.in_features}"
-        for name, linear in quantized_linears(skeleton)
-        if linear.in_features % BLOCK_4BIT
-    ]
 
 
 def quantization_config_of(precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:

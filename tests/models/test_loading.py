@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from glmlab import load_model
-from glmlab.models import loading
+from glmlab.models import placement
 from glmlab.models.checkpoint_files import CheckpointError
 from glmlab.models.checkpoints import find_config
-from glmlab.models.loading import LoadError, LoadReport, build_skeleton, load_config
+from glmlab.models.loading import LoadReport, build_skeleton, load_config
+from glmlab.models.placement import LoadError
 from glmlab.models.sizes import COMPONENTS, FLOAT_PRECISIONS, PRECISIONS, component_of, measure_bytes, predict_bytes
 from glmlab.units import GIB
 
@@ -283,7 +284,7 @@ class TestBadInput:
             load_model(str(checkpoint), device="cpu")
 
     def test_too_little_memory_names_what_fits(self, monkeypatch):
-        monkeypatch.setattr(loading, "_free_bytes", lambda device: 7 * GIB)
+        monkeypatch.setattr(placement, "free_bytes", lambda device: 7 * GIB)
         self.refuse(
             r"chatglm3-6b in fp16 needs 11\.\d\d GiB, but cpu has 7.00 GiB free. precision='int8' needs 6\.\d\d GiB "
             "and would fit",
@@ -291,16 +292,16 @@ class TestBadInput:
         )  # fmt: skip
 
     def test_too_little_memory_for_any_precision(self, monkeypatch):
-        monkeypatch.setattr(loading, "_free_bytes", lambda device: 1 * GIB)
+        monkeypatch.setattr(placement, "free_bytes", lambda device: 1 * GIB)
         self.refuse(r"No precision fits: int4 needs \d\.\d\d GiB. Free memory, or use a smaller model",
                     "chatglm3-6b", weights="random")  # fmt: skip
 
 
 @pytest.mark.parametrize(("free_gib", "chosen"), [(30, "fp32"), (20, "bf16"), (8, "int8"), (5.3, "int4")])
 def test_auto_takes_the_largest_precision_that_fits(monkeypatch, free_gib, chosen):
-    monkeypatch.setattr(loading, "_free_bytes", lambda device: int(free_gib * GIB))
+    monkeypatch.setattr(placement, "free_bytes", lambda device: int(free_gib * GIB))
     skeleton = build_skeleton(load_config(find_config("chatglm3-6b")))
-    assert loading._choose_precision("chatglm3-6b", skeleton, "auto", torch.device("cpu")) == chosen
+    assert placement.choose_precision("chatglm3-6b", skeleton, "auto", torch.device("cpu")) == chosen
 
 
 def test_attention_is_chosen_when_loading() -> None:
