@@ -41,6 +41,33 @@ def examine() -> list[Finding]:
     ]
 
 
+def environment() -> dict[str, str]:
+    """The facts by which two machines are compared: system, GPU, memory, versions.
+
+    Example:
+        >>> list(environment())
+        ['system', 'GPU', 'host memory', 'Python', 'transformers', 'PyTorch', 'CUDA']
+    """
+    import gpustat
+    import psutil
+    import torch
+    from gpustat.nvml import pynvml
+
+    try:
+        gpus = ", ".join(f"{gpu.name}, {gpu.memory_total:,} MiB" for gpu in gpustat.new_query())
+    except pynvml.NVMLError:
+        gpus = ""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "GPU": gpus or "none",
+        "host memory": format_bytes(psutil.virtual_memory().total),
+        "Python": platform.python_version(),
+        "transformers": importlib.metadata.version("transformers"),
+        "PyTorch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+    }
+
+
 def examine_model(model: str, precision: str, tokens: int, device: str = "auto") -> list[Finding]:
     """Whether a model is on this machine, and whether it fits; nothing but a config is fetched.
 

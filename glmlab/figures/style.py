@@ -29,6 +29,10 @@ COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindne
     "reserved": "#56606b",
     "allocated": "#0072b2",
     "weights": "#8c8c8c",
+    "MLP": "#7d6b4f",  # the parts of the weights, where they are told apart
+    "attention": "#a8946f",
+    "embedding": "#cfc0a1",
+    "head": "#e6dcc8",
     "quantisation state": "#b8b8b8",
     "kv": "#d55e00",
     "kv copies": "#e69f00",

@@ -137,7 +137,7 @@ def _gpu_need(model: str, precision: str, tokens: int, gpu_name: str) -> tuple[N
         workload = replace(workload, architecture=card.architecture, cuda_context_mib=card.cuda_context_mib)
     assumed = f"CUDA context: {cuda_context(workload)[1]}." if workload.cuda_context_mib is None else ""
     table = forecast(workload, seeds=()).table
-    busiest = table.iloc[int(table["used_mib"].argmax())]
+    busiest = table[table["used_mib"] == table["used_mib"].max()].iloc[-1]  # the longest context of the highest level
     uses = {
         "weights": busiest[list(WEIGHT_COLUMNS)].sum(),
         "quantisation state": busiest["quantisation_state_mib"],

@@ -4,23 +4,21 @@ import json
 import struct
 
 import pytest
-from safetensors.torch import load_file, save_file
 
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint, read_safetensors_header
 from glmlab.models.checkpoints import find_checkpoint, find_config, known_configs
+from glmlab.models.shards import reshard
+from glmlab.units import MIB
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1018370\n"
 
 
 def _shard(folder) -> None:
     """Turn the one safetensors file of a checkpoint into two shards with an index."""
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, members in shards.items():
-        save_file({name: tensors[name] for name in members}, folder / file)
-    weight_map = {name: file for file, members in shards.items() for name in members}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    shards = reshard(folder, folder / "sharded", 3 * MIB)
+    assert len(shards) == 2
+    for path in [*shards, folder / "sharded" / "model.safetensors.index.json"]:
+        path.rename(folder / path.name)
     (folder / "model.safetensors").unlink()
 
 

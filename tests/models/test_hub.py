@@ -17,7 +17,9 @@ from glmlab import load_model
 from glmlab.models.checkpoint_files import CheckpointError
 from glmlab.models.checkpoints import find_checkpoint, find_config
 from glmlab.models.hub import RECORD, FetchReport, fetch
+from glmlab.models.shards import reshard
 from glmlab.structure.source import source_class_graph
+from glmlab.units import MIB
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -27,15 +29,10 @@ CHUNK_BYTES = 10 * 2**20  # huggingface_hub writes whole chunks of this size
 
 
 @pytest.fixture
-def hub(checkpoint):
+def hub(checkpoint, tmp_path):
     """A hub that holds the embedded model in two shards, with pickles and code beside."""
-    tensors = load_file(checkpoint / "model.safetensors")
-    names = sorted(tensors)
-    for file, members in zip(SHARDS, (names[::2], names[1::2]), strict=True):
-        save_file({name: tensors[name] for name in members}, checkpoint / file)
-    weight_map = {name: SHARDS[i % 2] for i, name in enumerate(names)}
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (checkpoint / "model.safetensors").unlink()
+    reshard(checkpoint, tmp_path / "sharded", 3 * MIB)
+    checkpoint = tmp_path / "sharded"
     (checkpoint / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     (checkpoint / "modeling_chatglm.py").write_text("import os\nclass A: ...\nclass B(A): ...\nos._exit(7)\n")
     (checkpoint / "setup.py").write_text("raise SystemExit\n")
@@ -168,7 +165,7 @@ class TestWhatComes:
 
 class TestResume:
     def test_a_cut_connection_goes_on_where_it_was_cut(self, hub, here):
-        tensors = load_file(here / "checkpoint" / SHARDS[0])
+        tensors = load_file(here / "sharded" / SHARDS[0])
         save_file({**tensors, "padding": torch.zeros(4 * 2**20)}, here / "large.safetensors")
         hub.files[SHARDS[0]] = (here / "large.safetensors").read_bytes()
         hub.cut_after_bytes[SHARDS[0]] = CHUNK_BYTES
@@ -315,18 +312,18 @@ class TestFolder:
 
     def test_a_folder_with_something_else_is_left_alone(self, hub, here):
         with pytest.raises(CheckpointError, match="is not empty and was not fetched by glmlab. Choose a new folder"):
-            fetch(MODEL, to=here / "checkpoint")
+            fetch(MODEL, to=here / "sharded")
         with pytest.raises(CheckpointError, match="is a file. Choose a new folder"):
-            fetch(MODEL, to=here / "checkpoint" / "config.json")
+            fetch(MODEL, to=here / "sharded" / "config.json")
         assert hub.requests == []
 
     def test_a_folder_that_cannot_be_made_is_said(self, hub, here):
         with pytest.raises(CheckpointError, match=r"cannot be written \(.*\). Choose another folder"):
-            fetch(MODEL, to=here / "checkpoint" / "config.json" / "below")
+            fetch(MODEL, to=here / "sharded" / "config.json" / "below")
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3}', "[" * 100_000])
     def test_a_broken_record_is_said(self, here, text):
-        shutil.copytree(here / "checkpoint", here / "to")
+        shutil.copytree(here / "sharded", here / "to")
         (here / "to" / RECORD).write_text(text)
         with pytest.raises(
             CheckpointError, match=rf"{RECORD} cannot be read .* Remove that file if the folder is whole"
