@@ -33,7 +33,7 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         card_mib: the card's memory.
 
     Returns:
-        A figure of horizontal bars; memory in MiB, the total at the end of each bar.
+        A figure of horizontal bars; memory in MiB, the total beside each name.
 
     Raises:
         FigureError: no row, a part that is not known, or a number below 0.
@@ -53,27 +53,25 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
     totals = stacked.sum(axis=1)
     widest = max(float(totals.max()), card_mib)
     with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 1.5 + 0.5 * len(stacked)), layout="constrained")
+        figure = SuiteFigure(figsize=(6.3, 1.5 + 0.55 * len(stacked)), layout="constrained")
         axes = figure.subplots()
         left = pd.Series(0.0, index=stacked.index)
         for part in stacked.columns:
             widths, color = stacked[part], PART_COLORS[part]
             label = part if widths.max() >= _LISTED_FROM * widest else "_nolegend_"
-            bars = axes.barh(stacked.index, widths, left=left, color=color, label=label, height=0.62)
-            numbers = [f"{width:,.0f}" if width >= _LABELLED_FROM * widest else "" for width in widths]
-            on_bar = {"facecolor": color, "edgecolor": "none", "pad": 0.8}
-            axes.bar_label(
-                bars, numbers, label_type="center", fontsize=7, color=_readable_on(color), bbox=on_bar, zorder=4
-            )
+            axes.barh(range(len(stacked)), widths, left=left, color=color, label=label, height=0.62)
+            for row, (start, width) in enumerate(zip(left, widths, strict=True)):
+                if width >= _LABELLED_FROM * widest:
+                    axes.annotate(
+                        f"{width:,.0f}", (start, row), (3, 0), textcoords="offset points", va="center", fontsize=7,
+                        color=_readable_on(color),
+                    )  # fmt: skip
             left = left + widths
-        for precision, total in totals.items():
-            axes.annotate(
-                f"{total:,.0f}", (total, precision), (4, 0), textcoords="offset points", va="center", weight="bold",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8}, zorder=4,
-            )  # fmt: skip
+        names = [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()]
+        axes.set_yticks(range(len(stacked)), names)
         axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=f"{card}: {card_mib:,.0f} MiB", zorder=3)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.set_xlim(0, widest * 1.1)
+        axes.set_xlim(0, widest * 1.02)
         axes.set_xlabel("memory (MiB)")
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
