@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
-from glmlab.models.hub import is_hub_id, locate, locate_config, refuse_half_download
+from glmlab.models.hub import is_hub_id, locate, locate_config, mending_command, refuse_half_download
 from glmlab.resources import data_path
 
 EMBEDDED = "embedded"
@@ -38,7 +38,11 @@ def find_checkpoint(name: str) -> Path:
             f"{name!r} is neither 'embedded', nor an existing folder, nor a hub id such as 'zai-org/chatglm3-6b'. "
             "Check the spelling of the path."
         )
-    check_checkpoint(folder)
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as error:
+        command = mending_command(name, folder)
+        raise CheckpointError(f"{error} This does: {command}" if command else str(error)) from error
     return folder
 
 

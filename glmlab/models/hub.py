@@ -5,7 +5,8 @@ Two hubs speak through their own clients (hub_clients.py); what is fetched and h
 1. The hub lists the files of the model with sizes and, for large ones, their sha256. Config, tokenizer and safetensors
    are wanted; pickles and code never, but for the model's own source where it is asked for, which is read and not run.
 2. What lies there already and is sound stays; what is damaged goes. The disk must hold what is missing.
-3. The client downloads what is missing. A cut connection goes on from the byte where it was cut.
+3. The client downloads what is missing. A cut connection goes on at the byte where it was cut. A run that ended goes on
+   at the file where it ended; only ModelScope's client keeps a part of a file for the next run.
 4. Every new file is held against the listing (size, sha256), then the folder as a whole: each shard of the index
    present, safetensors headers sound.
 
@@ -28,8 +29,8 @@ from glmlab.units import format_bytes
 NEEDED = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
 """What loading reads."""
 
-NOT_NEEDED = ("*/*", "*\\*", "consolidated*.safetensors")
-"""Files in folders, and a second copy of the same weights in Mistral's own format."""
+NOT_NEEDED = ("*/*", "*\\*", "*:*", ".*", "consolidated*.safetensors")
+"""Whatever is not a plain name in the folder itself, hidden files, and Mistral's second copy of the same weights."""
 
 SOURCE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
 """The model's own code: for class diagrams, read by :mod:`glmlab.structure.source` and never executed."""
@@ -181,6 +182,14 @@ def locate_config(model: str) -> Path:
     return client.folder(model, listing.revision) / "config.json"
 
 
+def mending_command(name: str, folder: Path) -> str:
+    """The command that makes a damaged checkpoint whole; empty where nobody knows where it came from."""
+    if folder != Path(name).expanduser() and is_hub_id(name):
+        return fetch_command(name)
+    record = _read_record(folder)
+    return fetch_command(record.model, record.hub, folder, record.with_source) if record else ""
+
+
 def refuse_half_download(folder: Path) -> None:
     """Refuse a folder whose fetch did not end.
 
@@ -239,6 +248,7 @@ def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = Fa
     """
     patterns = (*NEEDED, *SOURCE) if with_source else NEEDED
     wanted = [file for file in files if fits(file.name, patterns) and not fits(file.name, NOT_NEEDED)]
+    wanted = [file for file in wanted if file.name.isprintable()]  # others could steer the terminal
     if not wanted:
         raise CheckpointError(
             f"{model} holds none of the files that loading needs ({', '.join(NEEDED)}). Check that it is a model."

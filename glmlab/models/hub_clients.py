@@ -261,4 +261,5 @@ def _unreachable(error: BaseException, setting: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "no message")[:200]
+    line = next(iter(str(error).splitlines()), "no message")[:200]
+    return "".join(character if character.isprintable() else "?" for character in line)

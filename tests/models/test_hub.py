@@ -220,6 +220,22 @@ class TestResume:
         assert _new(fetch(MODEL, hub=source)) == {SHARDS[0]}
         assert (folder / SHARDS[0]).read_bytes() == hub.files[SHARDS[0]]
 
+    def test_what_was_damaged_later_is_named_with_the_command_that_mends_it(self, hub, here):
+        fetch(MODEL, to=here / "to")
+        (here / "to" / SHARDS[1]).unlink()
+        command = f"glmlab fetch {MODEL} --to {here / 'to'}"
+        with pytest.raises(CheckpointError, match=rf"{SHARDS[1]}, which is not there. .* This does: {command}$"):
+            find_checkpoint(str(here / "to"))
+        shard = (fetch(MODEL).folder / SHARDS[0]).resolve()
+        shard.write_bytes(shard.read_bytes()[:-5])
+        with pytest.raises(CheckpointError, match=rf"is truncated: .* This does: glmlab fetch {MODEL}$"):
+            find_checkpoint(MODEL)
+
+    def test_a_cache_that_cannot_be_written_is_said(self, hub, here, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "sharded" / "config.json"))
+        with pytest.raises(CheckpointError, match=r"cannot be written \(.*\) while fetching .* with --to"):
+            fetch(MODEL)
+
 
 class TestRefusals:
     def test_a_wrong_hash_is_said_and_the_file_removed(self, hub, here):
@@ -236,8 +252,19 @@ class TestRefusals:
             fetch(MODEL)
 
     @pytest.mark.parametrize("source", HUBS)
-    @pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil.json", "..\\evil.json", "sub/config.json"])
-    def test_names_that_leave_the_folder_are_never_fetched(self, hub, here, source, name):
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "../evil.json",
+            "/tmp/evil.json",
+            "..\\evil.json",
+            "C:evil.json",
+            "sub/config.json",
+            RECORD,
+            "\x1b[2Jevil.json",
+        ],
+    )
+    def test_names_that_leave_the_folder_or_mislead_are_never_fetched(self, hub, here, source, name):
         hub.listed[name] = {"type": "file", "path": name, "size": 2, "oid": "0" * 40}
         fetch(MODEL, hub=source, to=here / "to")
         assert {request.file for request in hub.requests} == NEEDED
