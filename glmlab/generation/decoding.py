@@ -338,9 +338,7 @@ class _Inputs:
             and (compiled is not None or type(self.cache) is DynamicCache)
             and all(type(layer) is (DynamicLayer if compiled is None else StaticLayer) for layer in self.cache.layers)
         )
-        inference = self.lean and compiled is None and model.device.type != "meta"
-        self._forward_mode = torch.inference_mode if inference else torch.no_grad
-        """inference_mode where no tensor is written to that outlives the pass; it spares autograd's counters."""
+        self._inference = self.lean and compiled is None and model.device.type != "meta"
         self._position: Tensor | None = None  # (batch or 1, 1) of the next token
 
     def make_room(self, tokens: int) -> None:
@@ -351,7 +349,9 @@ class _Inputs:
     def forward(self, fed: dict[str, Any], *, prefill: bool) -> Any:
         """Run the pass: decode steps compiled where the model was loaded so, everything else in eager mode."""
         run = self.model if prefill or self._compiled is None else self._compiled
-        with self._forward_mode():
+        # inference_mode spares autograd's counters. A tensor made in it must not be written to outside of it: so not
+        # where a pass makes a static cache's tensors (its prefill), which later passes and crop_cache write to.
+        with torch.inference_mode() if self._inference or run is self._compiled else torch.no_grad():
             return run(**fed, return_dict=True)
 
     def first(self, input_ids: Tensor, cached_tokens: int) -> dict[str, Any]:

@@ -90,12 +90,14 @@ class CompiledForward:
             self._give_up(f"this model keeps keys and values in layers of kind {', '.join(kinds)}, not in full")
             return
         token = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
+        positions = [torch.full_like(token, position) for position in (1, 2)]
         with torch.no_grad():
             self._model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for position in (1, 2):
+        with torch.inference_mode():  # as decode_steps calls it; another mode would be compiled anew
+            for position in positions:
                 self(
                     input_ids=token,
-                    position_ids=torch.full_like(token, position),
+                    position_ids=position,
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,
