@@ -26,7 +26,7 @@ refresh: $(INSTALLED)  ## run every notebook and write the outputs back into not
 	cp figures/memory_vs_context.png figures/why_the_curve_bends.png data/figures/
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks/index.ipynb --ip=127.0.0.1 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 test: lint  ## lint, types and tests
 	$(BIN)/pytest -n 2

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+from base64 import b64decode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from glmlab.errors import GlmlabError
+from glmlab.figures.style import picture_bundle
 
 PARAMETERS_TAG = "parameters"
 INJECTED_TAG = "injected-parameters"
@@ -162,8 +164,8 @@ def _inject(notebook: Any, source: Path, parameters: Mapping[str, Any]) -> None:
 def normalize(notebook: Any) -> None:
     """Leave out what differs between two equal runs: the kernel's patch version, cell ids, addresses, live widgets.
 
-    Outputs keep one form of each picture: the copy of a PNG in HTML, with which JupyterLab shows its alt text, goes,
-    and the drawing that JupyterLab adds to a mermaid diagram.
+    Outputs keep one form of each picture, for the size of the file: the copy of a PNG in HTML goes
+    (``describe_pictures`` brings it back), and the drawing that JupyterLab adds to a mermaid diagram.
 
     Example:
         >>> output = nbformat.v4.new_output("execute_result", {"text/plain": "<Styler at 0x7f02ab>"})
@@ -185,6 +187,24 @@ def normalize(notebook: Any) -> None:
             cell.outputs = [output for output in cell.outputs if not _is_dead_widget(output)]
             for output in cell.outputs:
                 _normalize_output(output, cell["id"])
+
+
+def describe_pictures(notebook: Any) -> None:
+    """Give every PNG of a notebook in HTML too, with its alt text; nbconvert would export it without.
+
+    Example:
+        >>> metadata = {"image/png": {"alt": "A line.", "width": 604, "height": 441}}
+        >>> output = nbformat.v4.new_output("display_data", {"image/png": "Li4u"}, metadata=metadata)
+        >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("line", outputs=[output])])
+        >>> describe_pictures(notebook)
+        >>> 'alt="A line."' in notebook.cells[0].outputs[0].data["text/html"]
+        True
+    """
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if "image/png" in output.get("data", {}):
+            png, known = b64decode(output.data["image/png"]), output.metadata["image/png"]
+            data, _ = picture_bundle(png, known["alt"], known["width"], known["height"])
+            output.data["text/html"] = data["text/html"]
 
 
 def _is_dead_widget(output: Any) -> bool:

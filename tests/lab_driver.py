@@ -65,7 +65,7 @@ class Lab:
     url: str
     token: str
     folder: Path
-    log: Path
+    pid: int
 
 
 def only(beginning: str) -> pytest.MarkDecorator:
@@ -117,7 +117,7 @@ def _wait_for_server(server: subprocess.Popen[bytes], folder: Path, log: Path) -
         for path in (folder / "runtime").glob("jpserver-*.json"):
             info = json.loads(path.read_text() or "{}")
             if info:
-                return Lab(f"http://127.0.0.1:{info['port']}", info["token"], folder, log)
+                return Lab(f"http://127.0.0.1:{info['port']}", info["token"], folder, server.pid)
         time.sleep(0.1)
     raise AssertionError(f"JupyterLab did not start:\n{log.read_text()}")
 

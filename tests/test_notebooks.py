@@ -3,12 +3,22 @@
 import ast
 import copy
 import re
+from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 
 import nbformat
 import pytest
+from nbconvert import HTMLExporter
 
-from glmlab.notebooks import NotebookError, execute_notebook, find_notebooks, normalize, parse_parameters
+from glmlab.notebooks import (
+    NotebookError,
+    describe_pictures,
+    execute_notebook,
+    find_notebooks,
+    normalize,
+    parse_parameters,
+)
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))  # all but the table of contents
@@ -103,6 +113,61 @@ class TestOutputs:
         for stem in re.findall(r'Path\(output\) / "(\w+)"', source):
             for end in ("pdf", "svg", "png", "csv", "json"):
                 assert (fresh_run.figures / f"{stem}.{end}").stat().st_size > 0
+
+
+class _Page(HTMLParser):
+    """Alt texts of the pictures that an exported page carries, and the types of its scripts."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.alts, self.scripts = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag == "img" and attributes["src"].startswith("data:image/png"):
+            self.alts.append(attributes.get("alt"))
+        if tag == "script":
+            self.scripts.append(attributes.get("type"))
+
+
+class TestWithoutAKernel:
+    """What GitHub, nbviewer and an export to HTML show: the committed outputs, and no live widget."""
+
+    @pytest.fixture
+    def exported(self, committed):
+        described = copy.deepcopy(committed)
+        describe_pictures(described)
+        html, _ = HTMLExporter().from_notebook_node(described)
+        return _Page(html)
+
+    def test_every_picture_is_there_with_its_words(self, committed, exported):
+        outputs = [output for cell in _code(committed) for output in cell.outputs]
+        pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+        assert exported.alts == [picture.metadata["image/png"]["alt"] for picture in pictures] != []
+
+    def test_no_place_of_a_widget_is_empty(self, committed, exported):
+        assert not [kind for kind in exported.scripts if kind and "jupyter.widget" in kind]
+        assert "Stepper(" not in "".join(text for cell in _code(committed) for _, text in _texts(cell))
+
+    def test_still_pictures_stand_for_the_stepper_and_for_the_slider(self):
+        stepper, slider = (_alts_around(number, source) for number, source in (("02", "Stepper("), ("05", "interact(")))
+        assert stepper[0].startswith("44 decode steps.")
+        assert stepper[1].startswith("Candidates for the next token.")
+        assert all(alt.startswith("Map of the allocator's pools.") for alt in slider)
+        assert slider[0] != slider[1]
+
+
+def _alts_around(number, source):
+    """Alt texts of the last picture before a cell, and of the first in it or behind it."""
+    (path,) = find_notebooks(FOLDER, [number])
+    cells = _code(nbformat.read(path, as_version=4))
+    (place,) = [i for i, cell in enumerate(cells) if source in cell.source]
+    alts = [
+        [output.metadata["image/png"]["alt"] for output in cell.outputs if "image/png" in output.get("data", {})]
+        for cell in cells
+    ]
+    return [*chain(*alts[:place])][-1], next(chain(*alts[place:]))
 
 
 def _texts(cell):

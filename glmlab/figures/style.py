@@ -130,7 +130,8 @@ class SuiteFigure(Figure):
 def picture_bundle(png: bytes, alt: str, width: int, height: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A PNG as a notebook's output (data and metadata), with its alt text wherever the notebook is shown.
 
-    nbconvert reads the alt text from the metadata. JupyterLab does not, and prefers the same picture in HTML.
+    The metadata keep the alt text in the file. Neither JupyterLab nor nbconvert reads it there, so the same picture is
+    given in HTML too, which both prefer.
 
     Args:
         png: the file's bytes.
