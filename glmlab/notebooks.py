@@ -184,7 +184,7 @@ def normalize(notebook: Any) -> None:
         cell["id"] = f"cell-{number:02d}"
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not _is_dead_widget(output)]
+            cell.outputs = _joined([output for output in cell.outputs if not _is_dead_widget(output)])
             for output in cell.outputs:
                 _normalize_output(output, cell["id"])
 
@@ -210,6 +210,17 @@ def describe_pictures(notebook: Any) -> None:
 def _is_dead_widget(output: Any) -> bool:
     """Whether an output is a live widget (a slider, a progress bar), which shows nothing without its kernel."""
     return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+
+
+def _joined(outputs: Sequence[Any]) -> list[Any]:
+    """Outputs with each printed text in one piece; how many pieces arrive depends on the moment."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def _normalize_output(output: Any, cell_id: str) -> None:

@@ -205,6 +205,12 @@ class TestRunner:
         assert nbformat.read(copy, 4).cells[-1].outputs[0].text == "5 x\n"
         assert len(nbformat.read(source, 4).cells) == 2
 
+    def test_printed_text_is_one_output_however_it_arrives(self, tmp_path):
+        slowly = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.3)"
+        copy = tmp_path / "copy.ipynb"
+        execute_notebook(_notebook(tmp_path, slowly), copy, {})
+        assert [output.text for output in nbformat.read(copy, 4).cells[0].outputs] == ["0\n1\n2\n"]
+
     def test_a_failing_cell_is_named_and_the_copy_is_there(self, tmp_path):
         source = _notebook(tmp_path, "a = 1", "print('before')\nraise ValueError('too small')", "print('after')")
         copy = tmp_path / "copy.ipynb"
