@@ -5,7 +5,7 @@ as a solid line, what others reported as hollow markers; a memory component has 
 """
 
 from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
-from glmlab.figures.deployment import PART_COLORS, precision_chart
+from glmlab.figures.deployment import precision_chart
 from glmlab.figures.forecast import component_chart, components, pool_map, segments_table
 from glmlab.figures.latency import account_chart, first_token_curve, latency_curve, polling_chart, token_parts_chart
 from glmlab.figures.memory import curves_table, memory_column, memory_curve
@@ -19,7 +19,6 @@ from glmlab.figures.style import COLORS, STYLE, SuiteFigure
 __all__ = [
     "COLORS",
     "FORMATS",
-    "PART_COLORS",
     "STYLE",
     "FigureError",
     "SuiteFigure",

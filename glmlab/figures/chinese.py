@@ -64,6 +64,20 @@ CHINESE = {
     ),
     "MiB from the segment's start": "距區段起點（MiB）",
     "segments with room": "未滿的區段",
+    # precisions against a card
+    "MLP": "MLP",
+    "attention": "注意力",
+    "embedding": "嵌入",
+    "head": "輸出層",
+    "norms": "歸一化",
+    "other": "其他",
+    "{card}: {card_mib:,.0f} MiB": "{card}：{card_mib:,.0f} MiB",
+    "fits": "放得下",
+    "does not fit": "放不下",
+    "{precision} {total:,.0f} MiB ({verdict})": "{precision} {total:,.0f} MiB（{verdict}）",
+    "Memory by precision: {verdicts}, against {card_mib:,.0f} MiB of {card}.": (
+        "各精度所需的記憶體：{verdicts}；{card} 有 {card_mib:,.0f} MiB。"
+    ),
     # decode steps
     "surprisal\n(bits)": "意外度\n（位元）",
     "surviving\ncandidates": "剩餘\n候選數",

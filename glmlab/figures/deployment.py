@@ -1,34 +1,37 @@
 """What a model needs in each precision, against what a card has."""
 
-import matplotlib
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.container import BarContainer
+from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
+from matplotlib.ticker import MaxNLocator
 
-from glmlab.figures.settings import FigureError
-from glmlab.figures.style import COLORS, STYLE, SuiteFigure
+from glmlab.figures.settings import FigureError, pt, tr
+from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, ink_on, legend_below, most_ticks
 from glmlab.units import MIB
 
-PART_COLORS = {
-    "MLP": COLORS["MLP"],
-    "attention": COLORS["attention"],
-    "embedding": COLORS["embedding"],
-    "head": COLORS["head"],
-    "norms": COLORS["weights"],
-    "other": COLORS["unexplained"],
-    "quantisation state": COLORS["quantisation state"],
-    "KV payload": COLORS["kv"],
-    "CUDA context": COLORS["context"],
+PART_LOOKS = {
+    "MLP": (COLORS["MLP"], ""),
+    "attention": (COLORS["attention"], ""),
+    "embedding": (COLORS["embedding"], ""),
+    "head": (COLORS["head"], "...."),
+    "norms": (COLORS["weights"], ""),
+    "other": (COLORS["unexplained"], ""),
+    "quantisation state": (COLORS["quantisation state"], "xxxx"),
+    "KV payload": (COLORS["kv"], HATCHES["kv"]),
+    "CUDA context": (COLORS["context"], ""),
 }
-"""Parts in the order in which they are stacked."""
+"""Colour and pattern of every part, in the order in which they are stacked."""
 
-_LABELLED_FROM = 0.05  # a part below this share of the axis has no room for its number
-_LISTED_FROM = 0.002  # and one below this is too thin to be seen, so that the legend leaves it out
+_LISTED_FROM = 0.002  # a part below this share of the axis is too thin to be seen: the legend leaves it out
 
 
 def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> SuiteFigure:
     """Draw the bytes of each precision, stacked by part, with a card's memory as a line.
 
     Args:
-        parts: a row per precision, a column per part of :data:`PART_COLORS`, in bytes.
+        parts: a row per precision, a column per part of :data:`PART_LOOKS`, in bytes.
         card: what the line is called.
         card_mib: the card's memory.
 
@@ -45,46 +48,64 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
     """
     if parts.empty:
         raise FigureError("no precision to draw: give at least one row.")
-    if unknown := [part for part in parts.columns if part not in PART_COLORS]:
-        raise FigureError(f"part {unknown[0]!r} is not known. Use {', '.join(PART_COLORS)}.")
+    if unknown := [part for part in parts.columns if part not in PART_LOOKS]:
+        raise FigureError(f"part {unknown[0]!r} is not known. Use {', '.join(PART_LOOKS)}.")
     if (parts < 0).any(axis=None):
         raise FigureError("a part has less than 0 bytes. Give bytes.")
-    stacked = (parts / MIB)[[part for part in PART_COLORS if part in parts.columns]]
+    stacked = (parts / MIB)[[part for part in PART_LOOKS if part in parts.columns]]
     totals = stacked.sum(axis=1)
     widest = max(float(totals.max()), card_mib)
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 1.5 + 0.55 * len(stacked)), layout="constrained")
+    with drawing(6.3, 1.7 + 0.55 * len(stacked)) as figure:
         axes = figure.subplots()
+        numbers = []
         left = pd.Series(0.0, index=stacked.index)
-        for part in stacked.columns:
-            widths, color = stacked[part], PART_COLORS[part]
-            label = part if widths.max() >= _LISTED_FROM * widest else "_nolegend_"
-            axes.barh(range(len(stacked)), widths, left=left, color=color, label=label, height=0.62)
-            for row, (start, width) in enumerate(zip(left, widths, strict=True)):
-                if width >= _LABELLED_FROM * widest:
-                    axes.annotate(
-                        f"{width:,.0f}", (start, row), (3, 0), textcoords="offset points", va="center", fontsize=7,
-                        color=_readable_on(color),
-                    )  # fmt: skip
+        for part, widths in stacked.items():
+            color, hatch = PART_LOOKS[str(part)]
+            label = tr(str(part)) if widths.max() >= _LISTED_FROM * widest else "_nolegend_"
+            bars = axes.barh(
+                range(len(stacked)), widths, left=left, color=color, hatch=hatch, label=label, height=0.62
+            )  # fmt: skip
+            numbers += _number(axes, bars, color)
             left = left + widths
         names = [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()]
         axes.set_yticks(range(len(stacked)), names)
-        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=f"{card}: {card_mib:,.0f} MiB", zorder=3)
+        card_label = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
+        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=card_label, zorder=3)
         axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
         axes.set_xlim(0, widest * 1.02)
-        axes.set_xlabel("memory (MiB)")
+        axes.set_xlabel(tr("memory (MiB)"))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=4)
+        legend_below(figure, *axes.get_legend_handles_labels(), ncols=4)
+        figure.draw_without_rendering()
+        for number, bar in numbers:
+            number.set_visible(number.get_window_extent().x1 < bar.get_window_extent().x1)
     verdicts = (
-        f"{p} {total:,.0f} MiB ({'fits' if total <= card_mib else 'does not fit'})" for p, total in totals.items()
-    )
-    figure.alt_text = f"Memory by precision: {', '.join(verdicts)}, against {card_mib:,.0f} MiB of {card}."
+        tr(
+            "{precision} {total:,.0f} MiB ({verdict})",
+            precision=precision, total=total, verdict=tr("fits") if total <= card_mib else tr("does not fit"),
+        )
+        for precision, total in totals.items()
+    )  # fmt: skip
+    figure.alt_text = tr(
+        "Memory by precision: {verdicts}, against {card_mib:,.0f} MiB of {card}.",
+        verdicts=", ".join(verdicts), card_mib=card_mib, card=card,
+    )  # fmt: skip
     return figure
 
 
-def _readable_on(color: str) -> str:
-    """Black or white, whichever stands out on a colour."""
-    red, green, blue = matplotlib.colors.to_rgb(color)
-    return "#000000" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+def _number(axes: Axes, bars: BarContainer, color: str) -> list[tuple[Annotation, Rectangle]]:
+    """Write each bar's length at its left, on a ground without pattern."""
+    return [
+        (
+            axes.annotate(
+                f"{bar.get_width():,.0f}", (bar.get_x(), bar.get_y() + bar.get_height() / 2), (pt(3), 0),
+                textcoords="offset points", va="center", fontsize=pt(7), color=ink_on(color),
+                bbox={"facecolor": color, "edgecolor": "none", "pad": pt(1)},
+            ),
+            bar,
+        )
+        for bar in bars
+    ]  # fmt: skip

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from glmlab.figures.settings import FigureError, pt, tr, tr_label
-from glmlab.figures.style import COLORS, SuiteFigure, drawing, legend_below
+from glmlab.figures.style import COLORS, SuiteFigure, drawing, legend_below, most_ticks
 from glmlab.memory.curve import Curve
 
 _MARKERS = "os^Dvp"
@@ -50,7 +51,7 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
         above.set_ylabel(tr("memory (MiB)"))
         below.set_ylabel(tr("growth since loading (MiB)"))
         below.set_xlabel(tr("context length (tokens)"))
-        _add_character_axis(above, ruler)
+        _add_character_axis(figure, above, ruler)
         for axes in (above, below):
             axes.margins(x=0.03, y=0.12)
         legend_below(figure, *below.get_legend_handles_labels())
@@ -158,7 +159,7 @@ def _convert(
     return np.asarray(inside + beyond)
 
 
-def _add_character_axis(axes: Axes, ruler: pd.DataFrame) -> None:
+def _add_character_axis(figure: SuiteFigure, axes: Axes, ruler: pd.DataFrame) -> None:
     if len(ruler) < 2:
         return
     tokens, characters = ruler["context_tokens"], ruler["context_characters"]
@@ -166,6 +167,7 @@ def _add_character_axis(axes: Axes, ruler: pd.DataFrame) -> None:
         "top",
         functions=(lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens)),
     )
+    upper.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
     upper.set_xlabel(tr("conversation length (characters)"))
 
 

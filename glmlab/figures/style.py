@@ -202,6 +202,17 @@ def set_size(figure: SuiteFigure, width_in: float, height_in: float) -> None:
     figure.set_size_inches(width_in * figure.settings.scale, height_in * figure.settings.scale)
 
 
+def most_ticks(figure: SuiteFigure) -> int:
+    """Intervals that the horizontal axis of a panel as wide as the figure has room for, with numbers of five digits.
+
+    Example:
+        >>> with drawing(6.3, 4.0) as figure:
+        ...     most_ticks(figure)
+        7
+    """
+    return int(figure.get_figwidth() / figure.settings.scale / 0.8)
+
+
 def legend_below(figure: SuiteFigure, handles: Sequence[Artist], labels: Sequence[str], *, ncols: int = 1) -> None:
     """Put a legend below the panels, in at most ``ncols`` columns and as many as the width has room for."""
     points = float(matplotlib.rcParams["legend.fontsize"])

@@ -5,6 +5,13 @@ from typing import Any
 from glmlab.figures.settings import current_settings
 
 CAPTIONS = {
+    "bytes_by_precision": {
+        "en": "What ChatGLM3-6B needs in each precision, computed from its config: weights by component, what "
+        "quantisation keeps beside them, keys and values of {tokens:,} tokens in 16 bits, and a CUDA context. The "
+        "dashed line is the memory of the chapter's card; what the allocator holds idle comes on top.",
+        "zh": "ChatGLM3-6B 在各精度下所需的記憶體，由設定檔算出：按成分的權重、量化參數、{tokens:,} 個 token 以 16 位元"
+        "存放的鍵與值，以及 CUDA 上下文。虛線為原章節所用顯示卡的記憶體；配置器所留的閒置部分須另計。",
+    },
     "class_hierarchy": {
         "en": "Classes of ChatGLM3-6B in transformers, read from the live classes. Hollow arrows point to what is "
         "inherited, filled diamonds stand at the class that holds the other, dashed arrows lead from the model type "

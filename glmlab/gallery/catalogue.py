@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from glmlab.gallery import decoding, memory, prompts, structure
+from glmlab.gallery import decoding, deployment, memory, prompts, structure
 from glmlab.gallery.plate import Entry, GalleryError
 
 CATALOGUE = (
+    Entry("bytes_by_precision", "00_deployment", "computed", deployment.bytes_by_precision),
     Entry("class_hierarchy", "01_class_hierarchy", "computed", structure.class_hierarchy),
     Entry("original_hierarchy", "01_class_hierarchy", "computed", structure.original_hierarchy),
     Entry("module_tree", "01_class_hierarchy", "computed", structure.module_tree),
@@ -32,7 +33,6 @@ LEFT_OUT = {
     "first_token": _ANEW,
     "polling": _ANEW,
     "account_of_a_token": _ANEW,
-    "bytes_by_precision": "no entry yet",
 }
 """Figures that notebooks save and the catalogue does not make, and why."""
 

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from glmlab.figures import PART_COLORS, FigureError, precision_chart
+from glmlab.figures import FigureError, precision_chart
+from glmlab.figures.deployment import PART_LOOKS
 from glmlab.units import MIB
 
 
@@ -20,7 +21,7 @@ def test_bars_add_up_and_have_the_colours_of_their_parts(parts):
     for container, part in zip(axes.containers, ("MLP", "norms", "KV payload"), strict=True):
         for bar, n_bytes in zip(container, parts[part], strict=True):
             assert bar.get_width() == n_bytes / MIB
-            assert to_hex(bar.get_facecolor()) == PART_COLORS[part]
+            assert (to_hex(bar.get_facecolor()), bar.get_hatch() or "") == PART_LOOKS[part]
     ends = [bar.get_x() + bar.get_width() for bar in axes.containers[-1]]
     assert ends == [806, 206]
 

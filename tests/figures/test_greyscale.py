@@ -5,7 +5,8 @@ from itertools import combinations, pairwise
 import pandas as pd
 import pytest
 
-from glmlab.figures import component_chart, decode_strip, growth_figure, memory_curve, pool_map
+from glmlab.figures import component_chart, decode_strip, growth_figure, memory_curve, pool_map, precision_chart
+from glmlab.figures.deployment import PART_LOOKS
 from glmlab.figures.forecast import COMPONENT_STYLES
 from glmlab.figures.style import luminance
 from glmlab.memory.allocator import CachingAllocator
@@ -69,6 +70,15 @@ def test_blocks_of_the_pools_differ_by_pattern_or_grey():
     looks = [(patch.get_facecolor(), patch.get_hatch()) for patch in figure.legends[0].get_patches()]
     assert len(looks) == 4
     for one, other in combinations(looks, 2):
+        assert _apart(one, other)
+
+
+def test_parts_of_a_precision_differ_from_their_neighbours():
+    parts = pd.DataFrame({name: [2**30] for name in PART_LOOKS}, index=["int4"])
+    bars = precision_chart(parts, card="a card", card_mib=512).axes[0].patches
+    looks = [(bar.get_facecolor(), bar.get_hatch()) for bar in bars]
+    assert len(looks) == len(PART_LOOKS)
+    for one, other in pairwise(looks):
         assert _apart(one, other)
 
 

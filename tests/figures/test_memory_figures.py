@@ -2,13 +2,23 @@
 
 import json
 from base64 import b64decode
+from itertools import pairwise
 
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from glmlab.figures import COLORS, FigureError, curves_table, memory_column, memory_curve, save_figure
-from glmlab.memory.curve import Curve
+from glmlab.figures import (
+    COLORS,
+    FigureError,
+    curves_table,
+    figure_settings,
+    memory_column,
+    memory_curve,
+    save_figure,
+)
+from glmlab.memory.curve import Curve, read_curve
+from glmlab.resources import data_path
 
 
 def _curve(kind="measured", label="a curve", **columns) -> Curve:
@@ -61,6 +71,22 @@ class TestMemoryCurve:
         (upper,) = above.child_axes
         assert upper.get_xlabel() == "conversation length (characters)"
         assert upper._functions[0]([0, 500, 1000, 2000]).tolist() == [0, 1000, 1500, 3000]
+
+    @pytest.mark.parametrize("width_mm", [None, 86])
+    def test_numbers_of_the_upper_axis_do_not_touch(self, width_mm):
+        with figure_settings(width_mm=width_mm):
+            figure = memory_curve([read_curve(data_path("recordings", "embedded-fp32-cpu.csv"))])
+        figure.draw_without_rendering()
+        (upper,) = figure.axes[0].child_axes
+        left, right = upper.get_xlim()
+        boxes = [
+            tick.label1.get_window_extent() if tick.label1.get_visible() else tick.label2.get_window_extent()
+            for tick in upper.xaxis.get_major_ticks()
+            if left <= tick.get_loc() <= right
+        ]
+        assert len(boxes) >= 4
+        for one, other in pairwise(boxes):
+            assert other.x0 - one.x1 > 5
 
     def test_a_notebook_shows_it_with_words_for_those_who_do_not_see_it(self):
         data, metadata = memory_curve([MEASURED, REPORTED])._repr_mimebundle_()

@@ -323,8 +323,9 @@ def _cell_values(stem: str) -> dict[str, object]:
 
 def test_the_catalogue_shows_what_the_notebooks_show():
     """Prompts, seeds and turns that both name are the same."""
-    from glmlab.gallery import decoding, memory, prompts
+    from glmlab.gallery import decoding, deployment, memory, prompts
 
+    assert _cell_values("00_deployment")["context_tokens"] == deployment.CONTEXT_TOKENS
     two, three = _cell_values("02_one_decode_step"), _cell_values("03_prompt_tokens")
     five = _cell_values("05_why_the_curve_bends")
     assert (two["seed"], two["temperature"]) == (decoding.SEED, decoding.SAMPLING["temperature"])
@@ -337,7 +338,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"names": ["no_such_figure"]}, "figure 'no_such_figure' is not known. Choose from class_hierarchy, "),
+            ({"names": ["no_such_figure"]}, "figure 'no_such_figure' is not known. Choose from bytes_by_precision, class_hierarchy, "),
             ({"formats": ["bmp"]}, "format 'bmp' is not known. Use pdf, svg, png."),
             ({"style": "poster"}, "style 'poster' is not known. Use paper, slide, web."),
             ({"lang": "fr"}, "language 'fr' is not known. Use en, zh."),
