@@ -178,7 +178,7 @@ class ChatSession:
         if self._ids:
             model = self.loaded.model
             if isinstance(self._cache, StaticCache):
-                make_room(self._cache, len(self._ids) - 1, self.context_limit)
+                make_room(self._cache, len(self._ids) - 1, self.context_limit, model.device)
             fed = torch.tensor([self._ids[:-1]], device=model.device)
             with torch.no_grad():
                 model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)

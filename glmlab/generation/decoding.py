@@ -344,7 +344,7 @@ class _Inputs:
     def make_room(self, tokens: int) -> None:
         """Lengthen the static cache of a compiled model to hold the tokens of the next pass."""
         if self._compiled:
-            make_room(self.cache, tokens, context_limit(self.model.config))
+            make_room(self.cache, tokens, context_limit(self.model.config), self.model.device)
 
     def forward(self, fed: dict[str, Any], *, prefill: bool) -> Any:
         """Run the pass: decode steps compiled where the model was loaded so, everything else in eager mode."""
@@ -400,7 +400,7 @@ def new_cache(loaded: LoadedModel) -> Cache:
     config = loaded.model.config
     if loaded.compiled is None:
         return DynamicCache(config=config)
-    return StaticCache(config=config, max_cache_len=static_cache_tokens(1, context_limit(config)))
+    return StaticCache(config=config, max_cache_len=static_cache_tokens(1, context_limit(config), loaded.model.device))
 
 
 def crop_cache(cache: Cache, tokens: int) -> None:

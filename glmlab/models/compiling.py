@@ -6,12 +6,22 @@ graph). That pays where shapes repeat, so decode steps are compiled and prefills
 keys and values lie in a StaticCache, whose tensors keep shape and address while tokens are added.
 
 A cache length that was not seen before costs a compilation, the second one makes the length a variable: a model is
-compiled twice at most, however long its contexts grow. Where compiling fails, decoding goes on in eager mode, and a
-:class:`CompileWarning` says so once.
+compiled twice at most, however long its contexts grow. A static cache is read in its whole length, filled or not, so
+on a CPU it grows by :data:`CACHE_STEP_TOKENS` at a time. On CUDA each length is one more CUDA graph to record and to
+keep in memory; there it doubles.
+
+A static cache also needs a mask, and with one transformers repeats keys and values for every query head that shares
+them, for the sake of CUDA's kernels: at 4,000 tokens most of what a step moves. PyTorch's CPU kernel takes shared
+heads beside a mask, so there the compiled pass is told not to repeat them.
+
+Where compiling fails, decoding goes on in eager mode, and a :class:`CompileWarning` says so once.
 """
 
+import contextlib
+import os
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +29,10 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-SMALLEST_CACHE_TOKENS = 256
-"""Length of the shortest static cache; longer ones are powers of two."""
+CACHE_STEP_TOKENS = 256
+"""Length of the shortest static cache; longer ones are multiples of it, on CUDA powers of two."""
+
+_SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # transformers' switch: "1" hands shared heads to sdpa as they are
 
 _RECOMPILE_LIMIT = 64  # dynamo's own, 8, counts all models of one class together
 
@@ -50,7 +62,7 @@ class CompiledForward:
     Args:
         model: a causal language model of transformers, in eval mode.
 
-    Making one compiles: two decode steps run on a static cache of :data:`SMALLEST_CACHE_TOKENS`.
+    Making one compiles: two decode steps run on a static cache of :data:`CACHE_STEP_TOKENS`.
 
     Example:
         >>> from glmlab import load_model
@@ -78,14 +90,15 @@ class CompiledForward:
             if self._on_cuda:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             try:
-                return self._forward(**inputs)
+                with contextlib.nullcontext() if self._on_cuda else _shared_heads():
+                    return self._forward(**inputs)
             except torch._dynamo.exc.TorchDynamoException as error:  # compiling precedes running: nothing is done
                 self._give_up(_cause(error))
         return self._model(**inputs)
 
     def _try_out(self) -> None:
         """Compile for the shortest cache, so that a report made after it tells the truth."""
-        cache = StaticCache(config=self._model.config, max_cache_len=SMALLEST_CACHE_TOKENS)
+        cache = StaticCache(config=self._model.config, max_cache_len=CACHE_STEP_TOKENS)
         if kinds := sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}):
             self._give_up(f"this model keeps keys and values in layers of kind {', '.join(kinds)}, not in full")
             return
@@ -114,33 +127,53 @@ class CompiledForward:
         )
 
 
-def static_cache_tokens(tokens: int, limit: int) -> int:
-    """Length of a static cache for so many tokens: a power of two, so that few occur, at most the model's limit.
+def static_cache_tokens(tokens: int, limit: int, device: torch.device) -> int:
+    """Length of a static cache for so many tokens: a multiple of 256, on CUDA a power of two, within the model's limit.
 
     Example:
-        >>> [static_cache_tokens(tokens, limit=8192) for tokens in (1, 257, 5000)], static_cache_tokens(257, limit=300)
-        ([256, 512, 8192], 300)
+        >>> [static_cache_tokens(2049, 8192, torch.device(kind)) for kind in ("cpu", "cuda")]
+        [2304, 4096]
+        >>> static_cache_tokens(257, 300, torch.device("cpu"))
+        300
     """
-    return min(max(SMALLEST_CACHE_TOKENS, 1 << (tokens - 1).bit_length()), max(limit, tokens))
+    steps = -(-max(tokens, 1) // CACHE_STEP_TOKENS)
+    if device.type == "cuda":
+        steps = 1 << (steps - 1).bit_length()
+    return min(steps * CACHE_STEP_TOKENS, max(limit, tokens))
 
 
-def make_room(cache: StaticCache, tokens: int, limit: int) -> None:
+def make_room(cache: StaticCache, tokens: int, limit: int, device: torch.device) -> None:
     """Lengthen a static cache in place until it holds so many tokens; what is cached stays.
 
     Args:
         cache: whose layers are all of full length.
         tokens: to hold.
         limit: the model's most tokens.
+        device: of the model.
     """
     for layer in cache.layers:
         if layer.max_cache_len >= tokens:
             continue
-        layer.max_cache_len = static_cache_tokens(tokens, limit)
+        layer.max_cache_len = static_cache_tokens(tokens, limit, device)
         if layer.is_initialized:
             keys, values = layer.keys, layer.values
             layer.lazy_initialization(keys, values)
             layer.keys[:, :, : keys.shape[2]] = keys
             layer.values[:, :, : values.shape[2]] = values
+
+
+@contextlib.contextmanager
+def _shared_heads() -> Iterator[None]:
+    """Have transformers leave keys and values of shared heads as they are, while the context lasts."""
+    before = os.environ.get(_SHARED_HEADS)
+    os.environ[_SHARED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_SHARED_HEADS, None)
+        else:
+            os.environ[_SHARED_HEADS] = before
 
 
 def _cause(error: BaseException) -> str:

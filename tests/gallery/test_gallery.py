@@ -338,7 +338,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"names": ["no_such_figure"]}, "figure 'no_such_figure' is not known. Choose from bytes_by_precision, class_hierarchy, "),
+            ({"names": ["no_such_figure"]}, "figure 'no_such_figure' is not known. Choose from bytes_by_precision, "),
             ({"formats": ["bmp"]}, "format 'bmp' is not known. Use pdf, svg, png."),
             ({"style": "poster"}, "style 'poster' is not known. Use paper, slide, web."),
             ({"lang": "fr"}, "language 'fr' is not known. Use en, zh."),

@@ -1,6 +1,7 @@
 """Compiled decode steps: the same tokens, few compilations, and eager mode, said aloud, where compiling fails."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ class TestCompiled:
     def test_ids_equal_eager_across_cache_lengths_and_compile_twice_at_most(self, compiled, embedded):
         never_ends = GenerationConfig(eos_token_id=[], pad_token_id=0)
         counters.clear()
-        for tokens in (40, 700, 1100):  # 256, then 512 and 1024, then 2048
+        for tokens in (40, 700, 1100):  # caches of 256, then up to 768, then up to 1280
             fast = ids(compiled, tokens=tokens, generation_config=never_ends)
             assert len(fast) == tokens
             assert fast == ids(embedded, tokens=tokens, generation_config=never_ends)
@@ -59,6 +60,17 @@ class TestCompiled:
         for fast, slow in zip(*runs, strict=True):
             assert fast.token_ids == slow.token_ids
             torch.testing.assert_close(fast.logits, slow.logits, rtol=1e-3, atol=1e-3)
+
+    def test_attention_reads_shared_heads_once(self, compiled):
+        """The embedded model has 4 query heads on 2 heads of keys and values."""
+        steps = decode_steps(compiled, PROMPT, max_new_tokens=3, keep=Keep(top_k=0))
+        list(zip(range(2), steps, strict=False))
+        with torch.profiler.profile(record_shapes=True, acc_events=True) as profiler:
+            next(steps)
+        kernel = "aten::_scaled_dot_product_flash_attention_for_cpu"
+        shapes = [event.input_shapes[:2] for event in profiler.events() if event.name == kernel]
+        assert shapes == [[[1, 4, 1, 64], [1, 2, 256, 64]]] * 4
+        assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ
 
     def test_a_batch_with_padding(self, compiled, embedded):
         rows = [[5, 6, 7, 8], [9, 10]]
@@ -101,18 +113,24 @@ class TestRoom:
         list(decode_steps(compiled, PROMPT, max_new_tokens=5, cache=cache))
         cached = int(cache.get_seq_length())
         before = [layer.keys[:, :, :cached].clone() for layer in cache.layers]
-        make_room(cache, 300, limit=8192)
+        make_room(cache, 300, 8192, torch.device("cpu"))
         assert [layer.keys.shape[2] for layer in cache.layers] == [512] * 4
         assert all(
             torch.equal(layer.keys[:, :, :cached], keys) for layer, keys in zip(cache.layers, before, strict=True)
         )
         assert int(cache.get_seq_length()) == cached >= len(PROMPT)
 
+    def test_no_more_than_a_step_of_the_cache_is_idle(self, compiled):
+        cache = new_cache(compiled)
+        steps = decode_steps(compiled, PROMPT * 683, max_new_tokens=2, cache=cache)
+        assert next(steps).context_length == 2049
+        assert [layer.keys.shape[2] for layer in cache.layers] == [2304] * 4
+
     def test_room_that_is_there_changes_nothing(self, compiled):
         cache = new_cache(compiled)
         list(decode_steps(compiled, PROMPT, max_new_tokens=2, cache=cache))
         keys = cache.layers[0].keys
-        make_room(cache, 256, limit=8192)
+        make_room(cache, 256, 8192, torch.device("cpu"))
         assert cache.layers[0].keys is keys
 
 
