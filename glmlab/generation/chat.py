@@ -62,6 +62,11 @@ class ChatSession:
         tools: tool descriptions, listed in the system message.
         max_new_tokens: longest answer; without it, what the context has left.
         generation_config: sampling as in transformers; the model's own without it.
+        static_tokens: keep keys and values in a StaticCache of this length from the first turn on; the conversation
+            ends where it is full. Without it the cache grows: a DynamicCache, or what a compiled model decodes with.
+
+    Raises:
+        DecodeError: ``static_tokens`` below 1.
 
     Example:
         >>> from glmlab import load_model
@@ -79,8 +84,10 @@ class ChatSession:
         tools: Sequence[Any] | None = None,
         max_new_tokens: int | None = None,
         generation_config: GenerationConfig | None = None,
+        static_tokens: int | None = None,
     ) -> None:
         self.loaded = loaded
+        self.static_tokens = static_tokens
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._tools = tools
         self._max_new_tokens = max_new_tokens
@@ -91,7 +98,7 @@ class ChatSession:
         """Forget the conversation and free its cache; the system message stays."""
         self._messages: list[Message] = list(self._opening)
         self._ids: list[int] = []  # every id of the conversation, fed or not
-        self._cache = new_cache(self.loaded)
+        self._cache = new_cache(self.loaded, self.static_tokens)
         self.turns: list[Turn] = []
 
     @property
@@ -106,11 +113,18 @@ class ChatSession:
 
     @property
     def context_limit(self) -> int:
-        """Most tokens that the model's positions reach."""
-        return context_limit(self.loaded.model.config)
+        """Most tokens of context: what the model's positions reach, or the static cache where it is shorter."""
+        limit = context_limit(self.loaded.model.config)
+        return limit if self.static_tokens is None else min(limit, self.static_tokens)
+
+    @property
+    def _said_limit(self) -> str:
+        if self.context_limit < context_limit(self.loaded.model.config):
+            return f"the static cache's limit is {self.context_limit} tokens (static_tokens)"
+        return f"the model's limit is {self.context_limit} tokens (max_position_embeddings)"
 
     def say(
-        self, text: str, *, role: str = "user", max_new_tokens: int | None = None, min_new_tokens: int | None = None
+        self, text: str, *, role: str = "user", max_new_tokens: int | None = None, stops: bool = True
     ) -> Iterator[Turn]:
         """Send a message and stream the answer: one growing :class:`Turn` a token, the last with a ``stop_reason``.
 
@@ -120,7 +134,7 @@ class ChatSession:
             text: the message.
             role: "user", or "observation" for the result of a tool that the last answer called.
             max_new_tokens: longest answer, instead of the session's.
-            min_new_tokens: the stop token is held back until so many tokens are there.
+            stops: False lets no stop token end the answer, which then has all the tokens that it may have.
 
         Raises:
             ContextFullError: history and message leave no room for an answer.
@@ -132,12 +146,12 @@ class ChatSession:
         room = limit - len(prompt_ids) + 1  # the last generated token is not fed
         if room < 1:
             raise ContextFullError(
-                f"the context is full: the model's limit is {limit} tokens (max_position_embeddings), the history "
+                f"the context is full: {self._said_limit}, the history "
                 f"holds {self.context_tokens} and this message adds {len(prompt_ids) - self.context_tokens}. "
                 "Clear the conversation, or shorten the message."
             )
         asked = max_new_tokens or self._max_new_tokens or room
-        return self._answer(message, prompt_ids, min(asked, room), asked >= room, min_new_tokens)
+        return self._answer(message, prompt_ids, min(asked, room), asked >= room, stops)
 
     def restore(self, pairs: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Take up a conversation of earlier turns: (user text, generated ids), all prefilled in one forward pass.
@@ -171,10 +185,7 @@ class ChatSession:
                 )
             )
         if len(self._ids) - 1 > self.context_limit:
-            raise ContextFullError(
-                f"the turns to restore have {len(self._ids)} tokens, but the model's limit is {self.context_limit} "
-                "(max_position_embeddings)."
-            )
+            raise ContextFullError(f"the turns to restore have {len(self._ids)} tokens, but {self._said_limit}.")
         if self._ids:
             model = self.loaded.model
             if isinstance(self._cache, StaticCache):
@@ -200,13 +211,23 @@ class ChatSession:
         eos = self.loaded.model.generation_config.eos_token_id
         return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
 
+    def _without_stops(self, config: GenerationConfig) -> GenerationConfig:
+        """The settings with stop ids that no token has: the memory of a step stays what it is with the model's own.
+
+        ``min_new_tokens`` would do the same through a processor that takes memory in every step.
+        """
+        no_token = self.loaded.model.get_input_embeddings().num_embeddings
+        eos = self.loaded.model.generation_config.eos_token_id
+        nothing = [no_token] * len(eos) if isinstance(eos, list) else no_token
+        return GenerationConfig(**{**config.to_dict(), "eos_token_id": nothing})
+
     def _answer(
         self,
         message: Message,
         prompt_ids: list[int],
         max_new_tokens: int,
         ends_at_limit: bool,
-        min_new_tokens: int | None,
+        stops: bool,
     ) -> Iterator[Turn]:
         started = time.perf_counter()
         kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
@@ -216,9 +237,8 @@ class ChatSession:
             else:
                 self._cache.crop(kept - self.context_tokens)
         config = self.generation_config or self.loaded.model.generation_config
-        if min_new_tokens is not None:
-            min_new_tokens = min(min_new_tokens, max_new_tokens)  # the context may leave less room than was asked
-            config = GenerationConfig(**{**config.to_dict(), "min_new_tokens": min_new_tokens})
+        if not stops:
+            config = self._without_stops(config)
         steps = decode_steps(
             self.loaded,
             prompt_ids,

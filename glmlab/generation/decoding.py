@@ -389,8 +389,15 @@ def _as_normal_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.clone() for tensor in tensors)
 
 
-def new_cache(loaded: LoadedModel) -> Cache:
+def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
     """Return an empty cache of the kind that the model decodes with: static where it is compiled, else dynamic.
+
+    Args:
+        loaded: from ``load_model``.
+        static_tokens: a StaticCache of this length, compiled or not; without it that of a compiled model begins short.
+
+    Raises:
+        DecodeError: a length below 1.
 
     Example:
         >>> from glmlab import load_model
@@ -398,9 +405,12 @@ def new_cache(loaded: LoadedModel) -> Cache:
         'DynamicCache'
     """
     config = loaded.model.config
-    if loaded.compiled is None:
+    if static_tokens is not None and static_tokens < 1:
+        raise DecodeError(f"static_tokens={static_tokens}: a static cache holds at least one token.")
+    if loaded.compiled is None and static_tokens is None:
         return DynamicCache(config=config)
-    return StaticCache(config=config, max_cache_len=static_cache_tokens(1, context_limit(config), loaded.model.device))
+    length = static_tokens or static_cache_tokens(1, context_limit(config), loaded.model.device)
+    return StaticCache(config=config, max_cache_len=length)
 
 
 def crop_cache(cache: Cache, tokens: int) -> None:

@@ -108,9 +108,10 @@ def card_line(recording: str | os.PathLike[str] | Curve) -> str:
     name, total_mib = str(gpus[0].get("name")), gpus[0].get("total_mib")
     try:
         card = find_card(name)
-        name, bandwidth = card.name, "" if card.bandwidth_bytes_per_s is None else f"{card.bandwidth_bytes_per_s:.0f}"
+        name = card.name
+        rates = ["" if rate is None else f"{rate:.0f}" for rate in (card.bandwidth_bytes_per_s, card.fp16_flops_per_s)]
     except WorkloadError:
-        bandwidth = ""
+        rates = ["", ""]
     architecture = workload_of(curve).architecture
     if not architecture:
         raise ComparisonError(f"{curve.label}: the architecture of {name} is not known.")
@@ -120,7 +121,7 @@ def card_line(recording: str | os.PathLike[str] | Curve) -> str:
     )
     line = StringIO()
     csv.writer(line, lineterminator="").writerow(
-        [name, f"{total_mib:.0f}", architecture, f"{context_mib:.0f}", bandwidth, source]
+        [name, f"{total_mib:.0f}", architecture, f"{context_mib:.0f}", *rates, source]
     )
     return line.getvalue()
 

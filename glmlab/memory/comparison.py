@@ -239,8 +239,13 @@ def workload_of_notes(label: str, notes: Mapping[str, Any], turns: Sequence[tupl
     """Workload of a measured run, from its provenance and its turns in tokens.
 
     Raises:
-        ComparisonError: a field of the provenance has the wrong type.
+        ComparisonError: a field of the provenance has the wrong type, or decode steps were compiled.
     """
+    if notes.get("compiled"):
+        raise ComparisonError(
+            f"{label}: decode steps were compiled, and a compiled model allocates in ways that are not forecast. "
+            "Record it without compile=True, or give the workload."
+        )
     gpus = notes.get("gpus") or []
     if not isinstance(gpus, list) or not all(isinstance(gpu, dict | str) for gpu in gpus):
         raise ComparisonError(

@@ -24,7 +24,7 @@ empty cell, never 0. A recording on several GPUs has several rows a step, told a
     peak_allocated_mib      highest allocated_mib since the row before
     peak_reserved_mib       highest reserved_mib since the row before
     rss_mib                 resident memory of the process (host memory)
-    kv_mib                  keys and values in the cache (payload)
+    kv_mib                  keys and values in the cache (payload); a static cache's are there in full length
     first_token_s           seconds from the question to the first token
     token_s                 mean seconds of each later token of the turn
     elapsed_s               seconds since the recording began

@@ -24,6 +24,8 @@ def chat_provenance(
         "status": "running",
         **run_provenance(report, probe),
         "sampling": _sampling(session),
+        "cache": "static" if session.static_tokens or session.loaded.compiled else "dynamic",
+        "static_tokens": session.static_tokens or 0,
         "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
         if report.weights == "random"
         else "to the stop token, at most max_new_tokens of each turn",
@@ -64,6 +66,7 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
         "precision": report.precision,
         "dtype": report.dtype,
         "attention": report.attention,
+        "compiled": report.compilation is not None and report.compilation.failure is None,
         "device": report.device,
         "parameters": report.parameters,
         "weight_bytes": report.bytes_by_component,

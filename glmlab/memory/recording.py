@@ -65,7 +65,19 @@ COLUMNS = (
 )
 """Columns of a recording, in order; ``curve.py`` says what they mean."""
 
-_SAME_ON_RESUME = ("model", "load_path", "precision", "dtype", "attention", "parameters", "gpus", "sampling", "rows")
+_SAME_ON_RESUME = (
+    "model",
+    "load_path",
+    "precision",
+    "dtype",
+    "attention",
+    "parameters",
+    "gpus",
+    "sampling",
+    "rows",
+    "cache",
+    "static_tokens",
+)
 
 
 def record(
@@ -77,6 +89,7 @@ def record(
     resume: bool = False,
     probe: MemoryProbe | None = None,
     notes: Mapping[str, Any] | None = None,
+    static_tokens: int | None = None,
 ) -> Curve:
     """Chat through a conversation and record the memory after loading and after every turn.
 
@@ -91,6 +104,7 @@ def record(
         resume: continue a recording that was killed or stopped, from its last finished turn.
         probe: where to read the memory; by default every device that the model lies on.
         notes: what the provenance shall say beside what it says of itself; plain types.
+        static_tokens: keep keys and values in a StaticCache of this length (:class:`ChatSession`).
 
     Returns:
         The recording, as :func:`~glmlab.memory.curve.read_curve` reads it.
@@ -99,7 +113,7 @@ def record(
         RecordingError: the file is there already (or, with ``resume``, is not), another run writes it, it was recorded
             with another model or conversation, the context is full, or the driver went away.
     """
-    session = ChatSession(loaded, generation_config=GenerationConfig(do_sample=False))
+    session = ChatSession(loaded, generation_config=GenerationConfig(do_sample=False), static_tokens=static_tokens)
     recorder = Recorder(
         session,
         path,
@@ -199,11 +213,11 @@ class Recorder:
                 are on disk.
             ContextFullError: a typed chat has filled the context.
         """
-        min_new_tokens = max_new_tokens if self._random_weights else None
+        stops = max_new_tokens is None or not self._random_weights
         turns_before = len(self._session.turns)
         away_s = 0.0  # time between two tokens that is not the model's
         try:
-            stream = self._session.say(text, max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+            stream = self._session.say(text, max_new_tokens=max_new_tokens, stops=stops)
             with closing(stream):  # type: ignore[type-var]
                 for turn in stream:
                     started = time.perf_counter()

@@ -5,7 +5,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from glmlab import load_model
+from glmlab.generation import decoding
 from glmlab.generation.chat import ChatSession, ContextFullError
+from glmlab.generation.decoding import DecodeError
 from glmlab.generation.prompts import PromptError, encode_chat
 from glmlab.models.loading import LoadedModel
 
@@ -24,6 +26,15 @@ def _logits_of_cached(session):
     with torch.no_grad():
         fed = session._ids[session.context_tokens :]
         return session.loaded.model(torch.tensor([fed]), past_key_values=session._cache).logits[0, -1]
+
+
+def _rewriting(embedded) -> LoadedModel:
+    """The embedded model behind a template that numbers all messages anew with each new one."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=embedded.tokenizer.backend_tokenizer,
+        chat_template="{% for m in messages %}{{ loop.revindex }}{{ m.role }}:{{ m.content }};{% endfor %}",
+    )
+    return LoadedModel(embedded.model, tokenizer, embedded.report)
 
 
 @pytest.fixture
@@ -109,9 +120,14 @@ def test_a_turn_that_was_never_begun_changes_nothing(session):
     assert session.context_tokens == 0
 
 
-def test_exact_length_on_request(session):
-    turn = _last(session.say("你好", min_new_tokens=90, max_new_tokens=90))
+def test_exact_length_on_request(session, monkeypatch):
+    seen = []
+    run = decoding._run_processors
+    monkeypatch.setattr(decoding, "_run_processors", lambda *args: [seen.append(len(args[0])), run(*args)][1])
+    turn = _last(session.say("你好", stops=False, max_new_tokens=90))
     assert (turn.generated_tokens, turn.stop_reason) == (90, "length")
+    assert session._stop_ids() & set(turn.token_ids)
+    assert seen == [0] * 90  # no processor: none that would take memory in every step
 
 
 def test_restored_session_goes_on_as_if_never_stopped(embedded, session):
@@ -150,7 +166,7 @@ def test_bytes_that_never_become_a_character_do_not_end_the_stream(embedded):
     loaded = load_model("embedded", precision="fp32", device="cpu", weights="random")
     session = ChatSession(loaded, max_new_tokens=120, generation_config=GenerationConfig(do_sample=True))
     torch.manual_seed(0)
-    turn = _last(session.say("Hello", min_new_tokens=120))
+    turn = _last(session.say("Hello", stops=False))
     assert turn.generated_tokens == 120
     assert "\ufffd" in turn.text
 
@@ -162,11 +178,79 @@ def test_rules_of_the_roles_hold(session):
 
 def test_another_family_chats_over_its_own_template(embedded):
     """A template that rewrites earlier messages makes the cache shrink to what is still true, never go wrong."""
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=embedded.tokenizer.backend_tokenizer,
-        chat_template="{% for m in messages %}{{ loop.revindex }}{{ m.role }}:{{ m.content }};{% endfor %}",
-    )
-    session = ChatSession(LoadedModel(embedded.model, tokenizer, embedded.report), max_new_tokens=8)
+    session = ChatSession(_rewriting(embedded), max_new_tokens=8)
     for text in ("one", "two", "three"):
         _last(session.say(text))
     torch.testing.assert_close(_logits_of_cached(session), _logits_of_whole(session), atol=1e-4, rtol=1e-4)
+
+
+class TestStaticCache:
+    """A chat over a cache of fixed length says what it says over one that grows."""
+
+    TOKENS = 700
+
+    @pytest.fixture
+    def both(self, embedded):
+        return [ChatSession(embedded, max_new_tokens=150, static_tokens=tokens) for tokens in (None, self.TOKENS)]
+
+    @staticmethod
+    def _said(session):
+        return [(turn.token_ids, turn.stop_reason, turn.prompt_tokens, turn.context_tokens) for turn in session.turns]
+
+    def test_turns_and_an_interruption(self, both):
+        for session in both:
+            for text in ("你好", "3 + 4 = ?"):
+                _last(session.say(text))
+            turns = session.say("Tell me a long story.")
+            for _ in range(5):
+                next(turns)
+            turns.close()
+            _last(session.say("谢谢"))
+        dynamic, static = both
+        assert self._said(dynamic) == self._said(static)
+        assert static.turns[2].stop_reason == "interrupted"
+        assert [layer.keys.shape[2] for layer in static._cache.layers] == [self.TOKENS] * 4
+        torch.testing.assert_close(_logits_of_cached(static), _logits_of_whole(static), atol=1e-4, rtol=1e-4)
+
+    def test_clear_and_restore(self, both, embedded):
+        for session in both:
+            _last(session.say("Tell me a long story."))
+            session.clear()
+            assert session.context_tokens == 0
+            session.restore([("你好", [5] * 40), ("Hello", [6] * 30)])
+            _last(session.say("3 + 4 = ?"))
+        dynamic, static = both
+        assert self._said(dynamic) == self._said(static)
+        assert static._cache.layers[0].keys.shape[2] == self.TOKENS
+
+    def test_a_history_that_changes_is_cropped(self, embedded):
+        sessions = [ChatSession(_rewriting(embedded), max_new_tokens=8, static_tokens=n) for n in (None, 200)]
+        for session in sessions:
+            for text in ("one", "two", "three"):
+                _last(session.say(text))
+        assert self._said(sessions[0]) == self._said(sessions[1])
+        assert sessions[1].turns[1].prompt_tokens > 20  # fed anew
+        static = sessions[1]
+        torch.testing.assert_close(_logits_of_cached(static), _logits_of_whole(static), atol=1e-4, rtol=1e-4)
+
+    def test_the_conversation_ends_where_the_cache_is_full(self, embedded):
+        session = ChatSession(embedded, static_tokens=64)
+        turn = _last(session.say("Tell me a long story."))
+        assert (turn.stop_reason, turn.context_tokens, session.context_limit) == ("context limit", 64, 64)
+        with pytest.raises(
+            ContextFullError, match=r"the static cache's limit is 64 tokens \(static_tokens\), the history holds 64 and"
+        ):
+            session.say("And then?")
+        with pytest.raises(ContextFullError, match=r"have \d+ tokens, but the static cache's limit is 64 tokens"):
+            session.restore([("Hello", [5] * 70)])
+
+    def test_the_models_limit_holds_in_a_longer_cache(self, embedded, monkeypatch):
+        monkeypatch.setattr(embedded.model.config, "max_position_embeddings", 64)
+        session = ChatSession(embedded, static_tokens=100)
+        assert _last(session.say("Tell me a long story.")).context_tokens == session.context_limit == 64
+        with pytest.raises(ContextFullError, match="the model's limit is 64 tokens"):
+            session.say("And then?")
+
+    def test_a_length_below_one_is_refused(self, embedded):
+        with pytest.raises(DecodeError, match="static_tokens=0: a static cache holds at least one token"):
+            ChatSession(embedded, static_tokens=0)

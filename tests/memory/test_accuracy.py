@@ -97,6 +97,8 @@ def test_workload_of_a_recording_has_its_loading_its_cache_and_its_architecture(
     assert (told.weights, told.cache, told.static_tokens, told.architecture) == ("random", "static", 4096, "hopper")
     for capability, architecture in (("7.5", "turing"), ("8.6", "ampere"), ("8.9", "ada"), ("12.0", "blackwell")):
         assert workload_of(recording(truth, gpus=[], compute_capability=capability)).architecture == architecture
+    with pytest.raises(ComparisonError, match="decode steps were compiled, .* Record it without compile=True"):
+        workload_of(recording(truth, compiled=True))
     with pytest.raises(ComparisonError, match="static_tokens is 'many'"):
         workload_of(recording(truth, static_tokens="many"))
 

@@ -12,13 +12,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver
+from transformers import GenerationConfig
 
+from glmlab.generation import chat
 from glmlab.generation.chat import ChatSession, ContextFullError
+from glmlab.generation.decoding import decode_steps
+from glmlab.memory import tracing
+from glmlab.memory.comparison import workload_of
 from glmlab.memory.curve import read_curve
 from glmlab.memory.probes import MemoryProbe, Reading
 from glmlab.memory.recording import (
@@ -31,6 +38,9 @@ from glmlab.memory.recording import (
     load_conversation,
     record,
 )
+from glmlab.memory.tracing import trace
+from glmlab.models.checkpoint_files import read_config_json
+from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import LoadedModel, load_model
 
 QUESTIONS = (Question("你好", 6), Question("Tell me a long story.", 9), Question("谢谢", 4))
@@ -164,6 +174,57 @@ def test_recording_shows_its_progress(loaded: LoadedModel, tmp_path: Path, capfd
     progress = capfd.readouterr().err
     assert "recording bar" in progress
     assert "3/3" in progress
+
+
+# ----------------------------------------------------------------------------------- what a forecast is held against
+
+
+@pytest.mark.parametrize("static_tokens", [None, 4096])
+def test_recording_allocates_what_a_trace_of_its_workload_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, static_tokens: int | None
+) -> None:
+    """Run the tracer over the very settings with which the recorded chat calls the decode loop."""
+    monkeypatch.setenv("GLMLAB_CACHE", str(tmp_path))
+    sizes = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2}
+    config = {**read_config_json(find_config("qwen2.5-7b")), **sizes, "num_key_value_heads": 1, "layer_types": None}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    loaded = load_model(str(tmp_path), weights="random", precision="fp32", device="cpu")
+    seen: dict[str, GenerationConfig] = {}
+
+    def noting(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
+        seen["config"] = generation_config
+        return decode_steps(*args, generation_config=generation_config, **kwargs)
+
+    monkeypatch.setattr(chat, "decode_steps", noting)
+    curve = record(loaded, CHAT, tmp_path / "chat.csv", static_tokens=static_tokens)
+    told = workload_of(replace(curve, provenance={**curve.provenance, "model": str(tmp_path)}))
+    assert (told.cache, told.static_tokens) == (("dynamic", 0) if static_tokens is None else ("static", 4096))
+    assert [turn.generated for turn in told.turns] == [question.max_new_tokens for question in QUESTIONS]
+
+    expected = trace(told)
+    monkeypatch.setattr(tracing.decoding, "decode_steps", partial(decode_steps, generation_config=seen["config"]))
+    made = trace(told, refresh=True)
+    assert made.labels == expected.labels
+    for name in ("first.prefill", "first.step2", "steady", "later.prefill"):
+        assert made.program.slots(name) == expected.program.slots(name) > 0
+
+
+def test_static_cache_is_told_and_a_resumption_needs_the_same(loaded: LoadedModel, tmp_path: Path) -> None:
+    dynamic = record(loaded, CHAT, tmp_path / "dynamic.csv")
+    curve = record(loaded, CHAT, tmp_path / "static.csv", static_tokens=300)
+    assert (dynamic.provenance["cache"], dynamic.provenance["static_tokens"]) == ("dynamic", 0)
+    assert (curve.provenance["cache"], curve.provenance["static_tokens"]) == ("static", 300)
+    assert answers_of(tmp_path / "static.csv") == answers_of(tmp_path / "dynamic.csv")
+    config = loaded.model.config
+    full = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4 * 300 / MIB
+    assert curve.table["kv_mib"].tolist() == [0.0, full, full, full]
+    with pytest.raises(RecordingError, match=r"cache 'static', now 'dynamic'; static_tokens 300, now 0"):
+        record(loaded, CHAT, tmp_path / "static.csv", resume=True)
+
+
+def test_conversation_that_a_static_cache_cannot_hold_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"turn 2 was not recorded: .* static cache's limit is 12 tokens"):
+        record(loaded, CHAT, tmp_path / "short.csv", static_tokens=12)
 
 
 # ------------------------------------------------------------------------------------------------ provenance
