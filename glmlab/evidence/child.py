@@ -1,12 +1,14 @@
-"""One run in a process of its own: ``python -m glmlab.evidence.child '{"run": {…}, "folder": …, "device": …}'``.
+"""One run in a process of its own: ``python -m glmlab.evidence.child ORDER``.
 
-Allocator, CUDA context and libraries start clean in a fresh process; what a run before left behind would be in the
-figures. The result is left in ``folder``; whoever started the process takes it from there once it ends with 0.
+The order is JSON: ``{"run": {…}, "folder": …, "device": …, "parent": …}``. Allocator, CUDA context and libraries start
+clean in a fresh process; what a run before left behind would be in the figures. The result is left in ``folder``;
+whoever started the process, and has the number ``parent``, takes it from there once it ends with 0. The run ends with
+that process.
 """
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +16,12 @@ from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import DynamicCache, StaticCache
 
 from glmlab.errors import GlmlabError
-from glmlab.evidence.plan import CONVERSATION, SNAPSHOT_TURN, STATIC_TOKENS, EvidenceError, Run
-from glmlab.generation.decoding import Keep, decode_steps
+from glmlab.evidence.latency import time_tokens
+from glmlab.evidence.plan import CONVERSATION, SNAPSHOT_TURN, STATIC_TOKENS, EvidenceError, Kind, Run
+from glmlab.evidence.processes import end_with
+from glmlab.generation.decoding import Keep, decode_steps, new_cache
 from glmlab.memory.probes import MemoryProbe
 from glmlab.memory.provenance import run_provenance
 from glmlab.memory.recording import load_conversation, record
@@ -28,23 +31,49 @@ from glmlab.models.loading import LoadedModel, load_model
 
 def perform(run: Run, folder: Path, device: str) -> Path:
     """Do one run in this process; return its result's file in ``folder``."""
-    return (_record if run.kind == "recording" else _record_history)(run, folder, device)
+    do: dict[Kind, Callable[[Run, Path, str], Path]] = {
+        "recording": _record,
+        "snapshot": _record_history,
+        "latency": _time,
+    }
+    return do[run.kind](run, folder, device)
 
 
 def _load(run: Run, device: str) -> LoadedModel:
-    return load_model(run.model, precision=run.precision, device=device, weights="random", attention=run.attention)
+    return load_model(
+        run.model,
+        precision=run.precision,
+        device=device,
+        weights="random",
+        attention=run.attention,
+        compile=run.compile,
+    )
 
 
-def _notes(run: Run) -> dict[str, Any]:
-    static = {"static_tokens": STATIC_TOKENS} if run.cache == "static" else {}
-    return {"command": f"glmlab evidence {run.name}", "cache": run.cache, **static}
+def _static_tokens(run: Run) -> int | None:
+    return STATIC_TOKENS if run.cache == "static" else None
+
+
+def _command(run: Run) -> dict[str, Any]:
+    return {"command": f"glmlab evidence {run.name}"}
+
+
+def _time(run: Run, folder: Path, device: str) -> Path:
+    return time_tokens(_load(run, device), run.lengths, folder / "result.csv", _command(run))
 
 
 def _record(run: Run, folder: Path, device: str) -> Path:
     conversation = load_conversation(CONVERSATION)
     conversation = replace(conversation, turns=conversation.turns[: run.turns])
     path = folder / "result.csv"
-    record(_load(run, device), conversation, path, every_token=True, notes=_notes(run))
+    record(
+        _load(run, device),
+        conversation,
+        path,
+        every_token=True,
+        notes=_command(run),
+        static_tokens=_static_tokens(run),
+    )
     return path
 
 
@@ -53,11 +82,7 @@ def _record_history(run: Run, folder: Path, device: str) -> Path:
     history = _History()
     loaded = _load(run, device)
     model = loaded.model
-    cache: Any = (
-        StaticCache(config=model.config, max_cache_len=STATIC_TOKENS)
-        if run.cache == "static"
-        else DynamicCache(config=model.config)
-    )
+    cache = new_cache(loaded, _static_tokens(run))
     prompt, generated = SNAPSHOT_TURN
     steps = decode_steps(loaded, list(range(1, prompt + 1)), max_new_tokens=generated, keep=Keep(top_k=0), cache=cache)
     with history.naming_modules(model):
@@ -71,8 +96,13 @@ def _record_history(run: Run, folder: Path, device: str) -> Path:
                 )
         history.begin("end")
         next(steps, None)
-    provenance = {**run_provenance(loaded.report, MemoryProbe.for_model(model)), **_notes(run)}
-    provenance["turns"] = [list(SNAPSHOT_TURN)]
+    provenance = {
+        **run_provenance(loaded.report, MemoryProbe.for_model(model)),
+        **_command(run),
+        "cache": run.cache,
+        "static_tokens": _static_tokens(run) or 0,
+        "turns": [list(SNAPSHOT_TURN)],
+    }
     return save_stripped(strip(history.end(), provenance), folder / "result.json.gz")
 
 
@@ -139,6 +169,7 @@ def main(argument: str) -> None:
         print(json.dumps(gpu_name()))  # noqa: T201 - the answer to the process that asks
         return
     order = json.loads(argument)
+    end_with(order["parent"])
     try:
         perform(Run(**order["run"]), Path(order["folder"]), order["device"])
     except GlmlabError as error:

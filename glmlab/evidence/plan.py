@@ -1,4 +1,4 @@
-"""Which runs are evidence: models, precisions, attention and caches, each a recording and a snapshot.
+"""Which runs are evidence: models, precisions, attention and caches, each a recording, a snapshot or times of tokens.
 
 Everything runs with random weights: memory does not depend on the values, and nothing is downloaded. The runs stand in
 order of worth, since a time budget may end before they do.
@@ -12,9 +12,10 @@ from typing import Literal
 
 from glmlab.errors import GlmlabError
 from glmlab.memory.allocation_trace import Turn
+from glmlab.memory.curve import SIDE_FILES
 from glmlab.memory.workload import DEFAULT_PROMPT
 
-Kind = Literal["recording", "snapshot"]
+Kind = Literal["recording", "snapshot", "latency"]
 
 SNAPSHOT_TURN = Turn(DEFAULT_PROMPT, 21)
 """What a snapshot's history holds after loading: a prefill, which gives the first token, and 20 decode steps."""
@@ -29,7 +30,10 @@ pool, and within the 4,096 that Llama 2 is made for."""
 ALL_TURNS = 15
 
 STATIC_TOKENS = 4096
-"""Length of a static cache."""
+"""Length of a static cache; a run's turns must fit into it."""
+
+LATENCY_TOKENS = (128, 512, 2048, 4096, 8000)
+"""Lengths at which tokens are timed; ChatGLM3's limit is 8,192."""
 
 
 class EvidenceError(GlmlabError):
@@ -38,7 +42,7 @@ class EvidenceError(GlmlabError):
 
 @dataclass(frozen=True)
 class Run:
-    """One run in one fresh process: a chat that is recorded at every token, or a snapshot of a short one.
+    """One run in one fresh process: a chat that is recorded at every token, a snapshot of a short one, or timed tokens.
 
     Example:
         >>> Run("snapshot", "chatglm3-6b", "int4").name
@@ -51,11 +55,16 @@ class Run:
     attention: str = "sdpa"
     cache: str = "dynamic"
     turns: int = TURNS
+    """Of a recording."""
+    compile: bool = False
+    """Whether timed tokens come from a compiled model; its cache is static and grows."""
+    lengths: tuple[int, ...] = LATENCY_TOKENS
+    """At which tokens are timed."""
 
     @property
     def setting(self) -> str:
         """Name of what runs, whatever is read of it."""
-        return f"{self.model}-{self.precision}-{self.attention}-{self.cache}"
+        return f"{self.model}-{self.precision}-{self.attention}-{'compiled' if self.compile else self.cache}"
 
     @property
     def name(self) -> str:
@@ -63,18 +72,38 @@ class Run:
         return f"{self.kind}-{self.setting}"
 
     def __str__(self) -> str:
-        what = (
-            f"{CONVERSATION} conversation, {self.turns} turns, memory at every token"
-            if self.kind == "recording"
-            else f"history of loading, a prefill of {SNAPSHOT_TURN.prompt} tokens and "
-            f"{SNAPSHOT_TURN.generated - 1} decode steps"
-        )
-        return f"{self.name}: {what}"
+        what = {
+            "recording": f"{CONVERSATION} conversation, {self.turns} turns, memory at every token",
+            "snapshot": f"history of loading, a prefill of {SNAPSHOT_TURN.prompt} tokens and "
+            f"{SNAPSHOT_TURN.generated - 1} decode steps",
+            "latency": f"time of a token and of a first token at {', '.join(map(str, self.lengths))} tokens",
+        }
+        return f"{self.name}: {what[self.kind]}"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Endings of the result's files; the one whose file tells of a finished run comes last."""
+        files: dict[Kind, tuple[str, ...]] = {
+            "recording": (*SIDE_FILES, ".csv"),
+            "snapshot": (".json.gz",),
+            "latency": (".json", ".csv"),
+        }
+        return files[self.kind]
 
     def file(self, data: Path, gpu: str) -> Path:
-        """Where the run's result lies once it is finished; a recording has a .json and a .transcript.jsonl beside."""
-        stem = f"{gpu}-{self.setting}"
-        return data / "recordings" / f"{stem}.csv" if self.kind == "recording" else snapshots(data) / f"{stem}.json.gz"
+        """Where the run's result lies once it is finished, the file that tells so."""
+        folder = snapshots(data) if self.kind == "snapshot" else recordings(data)
+        before = LATENCY_PREFIX if self.kind == "latency" else ""
+        return folder / f"{before}{gpu}-{self.setting}{self.suffixes[-1]}"
+
+
+LATENCY_PREFIX = "latency-"
+"""How the names of timed tokens begin, which lie among the recordings and are no curves."""
+
+
+def recordings(data: Path) -> Path:
+    """Folder of the recordings."""
+    return data / "recordings"
 
 
 def snapshots(data: Path) -> Path:
@@ -87,17 +116,27 @@ def _both(model: str, precision: str, attention: str = "sdpa", turns: int = TURN
     return snapshot, replace(snapshot, kind="recording", turns=turns)
 
 
+def _latency(precision: str) -> tuple[Run, Run]:
+    eager = Run("latency", "chatglm3-6b", precision)
+    return eager, replace(eager, compile=True)
+
+
 PLAN: tuple[Run, ...] = (
     *_both("chatglm3-6b", "fp16", turns=ALL_TURNS),
     *_both("chatglm3-6b", "int4"),
+    *_latency("fp16"),
     *_both("chatglm3-6b", "bf16"),
     *_both("chatglm3-6b", "fp16", "eager"),
     *_both("qwen2.5-7b", "fp16"),
     *_both("llama-2-7b", "fp16"),
     *_both("glm-4-9b-chat-hf", "fp16"),
     Run("snapshot", "chatglm3-6b", "fp16", "sdpa", "static"),
+    Run("recording", "chatglm3-6b", "fp16", "sdpa", "static"),
+    *_latency("int4"),
     Run("snapshot", "chatglm3-6b", "fp16", "eager", "static"),
     *_both("chatglm3-6b", "int8"),
+    *_latency("int8"),
+    *_latency("bf16"),
 )
 """Every run, the most telling first."""
 

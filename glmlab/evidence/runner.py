@@ -1,10 +1,12 @@
 """Runs the plan: one fresh process a run, finished results kept, nothing of an interrupted run left behind.
 
 What is finished is told by what is on disk: a result lands in ``data`` only when its run has ended well. An interrupted
-run starts anew, since a chat that goes on after a break has another memory than one without.
+run starts anew, since a chat that goes on after a break has another memory than one without. A run ends with the
+process that started it (``processes.py``).
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from glmlab.evidence.plan import EvidenceError, Run
-from glmlab.memory.curve import SIDE_FILES
+from glmlab.evidence.processes import run_child
 
 CHILD = (sys.executable, "-m", "glmlab.evidence.child")
 """Command of a run's process; its argument follows."""
@@ -81,7 +83,7 @@ def gather(
 
     Args:
         runs: from :func:`~glmlab.evidence.plan.choose`.
-        data: the folder that keeps recordings and snapshots.
+        data: the folder that keeps recordings, snapshots and times.
         work: a folder for what is under way.
         gpu: short name of the GPU, part of every result's name.
         budget_s: no run starts later than so many seconds from now; one that runs is not cut.
@@ -103,15 +105,14 @@ def _do(run: Run, file: Path, folder: Path, device: str, child: Sequence[str]) -
     started = time.monotonic()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    order = json.dumps({"run": asdict(run), "folder": str(folder), "device": device})
-    done = subprocess.run([*child, order], check=False)
+    order = {"run": asdict(run), "folder": str(folder), "device": device, "parent": os.getpid()}
+    status = run_child([*child, json.dumps(order)])
     seconds = time.monotonic() - started
-    if done.returncode != 0:
+    if status != 0:
         return Outcome(run, "failed", seconds)
     file.parent.mkdir(parents=True, exist_ok=True)
-    suffixes = (*SIDE_FILES, ".csv") if run.kind == "recording" else (".json.gz",)
-    for suffix in suffixes:  # the file that tells of a finished run comes last
-        made = folder / f"result{suffix}"
-        shutil.move(made, file.parent / (file.name.removesuffix(suffixes[-1]) + suffix))
+    stem = file.name.removesuffix(run.suffixes[-1])
+    for suffix in run.suffixes:
+        shutil.move(folder / f"result{suffix}", file.parent / (stem + suffix))
     shutil.rmtree(folder)
     return Outcome(run, "finished", seconds, file)

@@ -20,25 +20,40 @@ from typer.testing import CliRunner
 
 from glmlab.cli import app
 from glmlab.evidence.child import main, perform
-from glmlab.evidence.plan import ALL_TURNS, PLAN, SNAPSHOT_TURN, TURNS, EvidenceError, Run, choose
+from glmlab.evidence.latency import timed_tokens
+from glmlab.evidence.plan import (
+    ALL_TURNS,
+    LATENCY_TOKENS,
+    PLAN,
+    SNAPSHOT_TURN,
+    STATIC_TOKENS,
+    TURNS,
+    EvidenceError,
+    Run,
+    choose,
+)
 from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
+from glmlab.latency.polling import API, NVML, SUBPROCESS
+from glmlab.memory.comparison import workload_of
 from glmlab.memory.curve import read_curve
 from glmlab.memory.recording import load_conversation
 from glmlab.memory.snapshots import read_snapshot
 from glmlab.memory.workload import Workload
 
 REAL_CHILD = (sys.executable, str(Path(__file__).with_name("child_without_gpu.py")))
-RECORDING = Run("recording", "embedded", "fp32", turns=1)
+RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)
+LATENCY = Run("latency", "embedded", "fp32", lengths=(8, 16))
 SNAPSHOT = Run("snapshot", "embedded", "fp32", "eager", "static")
 GPU = "fake"
 
 OBEDIENT = """
-import json, pathlib, sys
+import json, os, pathlib, sys
 order = json.loads(sys.argv[1])
+assert order["parent"] == os.getppid()
 for suffix in (".csv", ".json", ".transcript.jsonl", ".json.gz"):
     (pathlib.Path(order["folder"]) / f"result{suffix}").write_text(order["run"]["precision"])
 """
-KILLED = OBEDIENT + "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+KILLED = OBEDIENT + "import signal; os.kill(os.getpid(), signal.SIGKILL)"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +92,10 @@ def test_plan_covers_what_forecasts_are_held_against() -> None:
     assert {model for model, _ in settings} == {"chatglm3-6b", "glm-4-9b-chat-hf", "qwen2.5-7b", "llama-2-7b"}
     for kind in ("recording", "snapshot"):
         assert {run.attention for run in PLAN if run.kind == kind} == {"sdpa", "eager"}
-    assert {run.cache for run in PLAN} == {"dynamic", "static"}
+        assert {run.cache for run in PLAN if run.kind == kind} == {"dynamic", "static"}
+    timed = {(run.precision, run.compile) for run in PLAN if run.kind == "latency"}
+    assert timed == {(precision, how) for precision in ("fp16", "bf16", "int8", "int4") for how in (False, True)}
+    assert not any(run.compile for run in PLAN if run.kind != "latency")
     assert len({run.name for run in PLAN}) == len(PLAN)
 
 
@@ -85,11 +103,17 @@ def test_plan_covers_what_forecasts_are_held_against() -> None:
 def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: Run) -> None:
     turns = load_conversation("long").turns[: run.turns]
     answers = sum(turn.max_new_tokens for turn in turns)
-    limit = json.loads(Workload.of(run.model).config_json)
+    config = json.loads(Workload.of(run.model).config_json)
+    limit = STATIC_TOKENS if run.cache == "static" else config.get("max_position_embeddings", config.get("seq_length"))
     longest_prompt = 60 * len(turns)
     assert answers > 2100
-    assert answers + longest_prompt < limit.get("max_position_embeddings", limit.get("seq_length"))
+    assert answers + longest_prompt < limit
     assert len(turns) == run.turns in (TURNS, ALL_TURNS)
+
+
+def test_timed_lengths_and_the_steps_behind_them_stay_within_the_models_limit() -> None:
+    config = json.loads(Workload.of("chatglm3-6b").config_json)
+    assert max(LATENCY_TOKENS) + 35 <= config["seq_length"]
 
 
 def test_runs_are_chosen_by_a_part_of_their_name() -> None:
@@ -104,14 +128,16 @@ def test_runs_are_chosen_by_a_part_of_their_name() -> None:
 
 
 def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, tmp_path: Path) -> None:
-    outcomes = do(tmp_path, RECORDING, SNAPSHOT)
+    outcomes = do(tmp_path, RECORDING, SNAPSHOT, LATENCY)
 
-    assert [outcome.status for outcome in outcomes] == ["finished", "finished"]
-    stem, other = f"{GPU}-embedded-fp32-sdpa-dynamic", f"{GPU}-embedded-fp32-eager-static"
+    assert [outcome.status for outcome in outcomes] == ["finished", "finished", "finished"]
+    stem, other = f"{GPU}-embedded-fp32-sdpa-static", f"{GPU}-embedded-fp32-eager-static"
     assert files(tmp_path / "data") == [
         f"recordings/{stem}.csv",
         f"recordings/{stem}.json",
         f"recordings/{stem}.transcript.jsonl",
+        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.csv",
+        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.json",
         f"snapshots/{other}.json.gz",
     ]
     assert files(tmp_path / "work") == []
@@ -121,10 +147,27 @@ def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, 
     assert curve.table["step"].tolist() == list(range(spoken + 1))
     assert curve.table["used_mib"].tolist() == [1000.0] * (spoken + 1)
     assert (curve.provenance["status"], curve.provenance["resumptions"]) == ("finished", [])
+    workload = workload_of(curve)
+    assert (workload.cache, workload.static_tokens, workload.weights) == ("static", STATIC_TOKENS, "random")
 
     snapshot = read_snapshot(tmp_path / "data/snapshots" / f"{other}.json.gz")
     assert snapshot.provenance["turns"] == [list(SNAPSHOT_TURN)]
-    for run, told in ((RECORDING, curve.provenance), (SNAPSHOT, snapshot.provenance)):
+    assert (snapshot.provenance["cache"], snapshot.provenance["static_tokens"]) == ("static", STATIC_TOKENS)
+
+    (timed,) = timed_tokens(tmp_path / "data")
+    assert timed.table["context_tokens"].tolist() == list(LATENCY.lengths)
+    assert timed.table["sm_clock_mhz"].tolist() == [1500, 1500]
+    assert (timed.table[["token_ms", "first_token_ms", "floor_ms"]] > 0).all(axis=None)
+    assert timed.polling["way"].tolist() == [SUBPROCESS, API, NVML]
+    assert timed.polling["answers"].all()
+    assert timed.provenance["rates"]["bandwidth_bytes_per_s"] > 0
+    assert timed.label == "embedded, fp32, eager, Fake GPU"
+
+    for run, told in (
+        (RECORDING, curve.provenance),
+        (SNAPSHOT, snapshot.provenance),
+        (LATENCY, timed.provenance),
+    ):
         assert told["command"] == f"glmlab evidence {run.name}"
         assert (told["model"], told["weights"], told["attention"]) == ("embedded", "random", run.attention)
         assert told["gpus"] == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
@@ -185,6 +228,7 @@ def test_a_run_that_cannot_be_done_says_why_and_exits_with_two(
 ) -> None:
     pretend_gpu(monkeypatch)
     order = {"run": asdict(replace(SNAPSHOT, precision="int2")), "folder": str(tmp_path), "device": "cpu"}
+    order["parent"] = os.getppid()
     with pytest.raises(SystemExit) as stopped:
         main(json.dumps(order))
     assert stopped.value.code == 2

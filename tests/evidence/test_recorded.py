@@ -4,14 +4,17 @@ Nothing is recorded yet. The same checks run on files made from a forecast, righ
 known to work, and to fail, before the first recording comes.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from recorded_device import traced_snapshot
 
+from glmlab.evidence.latency import TimedTokens, timed_tokens
 from glmlab.evidence.plan import SNAPSHOT_TURN
 from glmlab.memory.accuracy import error_table
 from glmlab.memory.allocation_trace import Turn
@@ -51,6 +54,20 @@ def check_snapshot(path: Path) -> None:
     assert compared.is_equal, f"{path.name}: {compared}"
 
 
+def check_timed(timed: TimedTokens) -> None:
+    """A measured time below the floor, or a GPU that did not answer, is no evidence."""
+    check_provenance(timed.provenance)
+    too_fast = timed.table[timed.table["token_ms"] < timed.table["floor_ms"]]
+    assert too_fast.empty, f"{timed.label}: {too_fast.to_string()}"
+    assert timed.polling["answers"].all(), f"{timed.label}: {timed.polling.to_string()}"
+
+
+def is_recording(path: Path) -> bool:
+    """Whether a .json of data/recordings lies beside a recording that ``glmlab evidence`` made."""
+    provenance = json.loads(path.read_text(encoding="utf-8")).get("provenance", {})
+    return str(provenance.get("command", "")).startswith("glmlab evidence recording-")
+
+
 def check_recordings(curves: list[Curve]) -> None:
     for curve in curves:
         check_provenance(curve.provenance)
@@ -67,11 +84,19 @@ def test_every_recorded_snapshot_is_what_allocator_and_tracer_say() -> None:
 
 
 def test_every_recording_is_what_the_forecast_says() -> None:
-    curves = [read_curve(path) for path in sorted(data_path("recordings").glob("*.csv"))]
-    curves = [curve for curve in curves if str(curve.provenance.get("command", "")).startswith("glmlab evidence")]
+    paths = [path for path in sorted(data_path("recordings").glob("*.json")) if is_recording(path)]
+    curves = [read_curve(path.with_suffix(".csv")) for path in paths]
     if not curves:
         pytest.skip("no recording is made yet: make gpu-evidence, on a machine with an NVIDIA GPU")
     check_recordings(curves)
+
+
+def test_every_timed_token_is_above_the_floor() -> None:
+    timed = timed_tokens(data_path("recordings").parent)
+    if not timed:
+        pytest.skip("no token is timed on a GPU yet: make gpu-evidence, on a machine with an NVIDIA GPU")
+    for one in timed:
+        check_timed(one)
 
 
 # ---------------------------------------------------------------- the checks themselves, on files made from a forecast
@@ -111,6 +136,25 @@ def test_recording_with_a_wrong_curve_does_not_pass() -> None:
     table.loc[300:, "reserved_mib"] += 40
     with pytest.raises(AssertionError, match="wrong"):
         check_recordings([Curve(table, NOTES, kind="measured", label="wrong")])
+
+
+def test_recordings_are_told_from_what_lies_beside_them(tmp_path: Path) -> None:
+    commands = {"glmlab evidence recording-a": True, "glmlab evidence latency-a": False, "glmlab record": False}
+    for command, expected in commands.items():
+        file = tmp_path / "a.json"
+        file.write_text(json.dumps({"provenance": {"command": command}}), encoding="utf-8")
+        assert is_recording(file) is expected
+    assert not is_recording(data_path("recordings", "decode-steps-embedded.json"))
+
+
+def test_times_below_the_floor_and_a_silent_driver_do_not_pass() -> None:
+    polling = [{"way": "NVML", "answers": True}]
+    table = pd.DataFrame({"context_tokens": [8, 16], "token_ms": [5.0, 4.0], "floor_ms": [4.0, 4.0]})
+    check_timed(TimedTokens("right", table, {**NOTES, "polling": polling}))
+    with pytest.raises(AssertionError, match="fast"):
+        check_timed(TimedTokens("fast", table.assign(token_ms=[5.0, 3.9]), {**NOTES, "polling": polling}))
+    with pytest.raises(AssertionError, match="silent"):
+        check_timed(TimedTokens("silent", table, {**NOTES, "polling": [{"way": "NVML", "answers": False}]}))
 
 
 def test_evidence_without_provenance_does_not_pass() -> None:

@@ -1,0 +1,71 @@
+"""A child process that does not outlive the one that started it, however that one ends.
+
+Where a signal asks the parent to end (Ctrl-C, SIGTERM), it kills the whole group of the child first. SIGKILL leaves the
+parent no moment to act, so the child itself looks whether its parent is still there. Both need POSIX; elsewhere the
+child alone is killed, and only where the parent can still act.
+"""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+IS_POSIX = os.name == "posix"
+WATCH_S = 0.5
+"""How often a child looks for its parent."""
+
+
+def run_child(command: Sequence[str]) -> int:
+    """Run a command in a group of its own and wait; return its exit status, negative where a signal ended it.
+
+    Whatever ends this function early (KeyboardInterrupt, SIGTERM, which becomes SystemExit) kills the group first. Call
+    it in the main thread, the only one that may handle signals.
+
+    Example:
+        >>> import sys
+        >>> run_child([sys.executable, "-c", "raise SystemExit(3)"])
+        3
+    """
+    with _sigterm_raises(), subprocess.Popen(command, process_group=0 if IS_POSIX else None) as child:
+        try:
+            return child.wait()
+        except BaseException:
+            if child.poll() is None:  # not waited for yet, so the number is still its own
+                os.killpg(child.pid, signal.SIGKILL) if IS_POSIX else child.kill()
+            raise
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """While within, SIGTERM raises SystemExit with the status by which a shell tells that signal."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def end_with(parent: int) -> None:
+    """End this process, and the group that it leads, soon after the process that started it; a thread watches.
+
+    Args:
+        parent: number of that process, as it knows itself: asked here, it could be gone already.
+    """
+    if IS_POSIX:
+        threading.Thread(target=_watch, args=(parent,), daemon=True, name="end with parent").start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    if os.getpgrp() == os.getpid():  # of run_child's making
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
