@@ -100,6 +100,14 @@ class TestCompiled:
             answers.append((turn.token_ids, turn.context_tokens))
         assert answers[0] == answers[1]
 
+    def test_a_chat_over_a_fixed_length_keeps_it(self, compiled, embedded):
+        sessions = [ChatSession(compiled, static_tokens=300), ChatSession(embedded, static_tokens=300)]
+        for session in sessions:
+            *_, _ = session.say("Tell me a long story about a fox.")
+        assert sessions[0].turns[0].token_ids == sessions[1].turns[0].token_ids
+        assert sessions[0].turns[0].stop_reason == "context limit"
+        assert sessions[0]._cache.layers[0].keys.shape[2] == 300
+
     def test_a_dynamic_cache_is_refused(self, compiled):
         with pytest.raises(
             DecodeError, match=r"needs a StaticCache, and this is a DynamicCache. Make it with .*new_cache"
