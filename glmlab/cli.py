@@ -323,9 +323,10 @@ def report(
 ) -> None:
     """Bind the notebooks and their figures into one document, which needs no other file and no network."""
     from glmlab.report import write_report
+    from glmlab.units import format_bytes
 
     written = write_report(out, folder=folder, browser=browser)
-    typer.echo(f"{written}: {written.stat().st_size / 2**20:.1f} MiB")
+    typer.echo(f"{written}: {format_bytes(written.stat().st_size)}")
 
 
 @app.command()

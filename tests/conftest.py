@@ -24,20 +24,22 @@ from glmlab.resources import data_path
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-class _ByNotebook(LoadScopeScheduling):
-    """All tests of a notebook go to one worker, so that it runs once; every other test goes where there is room.
+class _BySubject(LoadScopeScheduling):
+    """All tests of a notebook, or of a figure of the catalogue, go to one worker, so that it is run or made once.
 
-    (xdist's own ``loadgroup`` marks node ids, which pytest 9 no longer lets it.)
+    Every other test goes where there is room. (xdist's own ``loadgroup`` marks node ids, which pytest 9 no longer lets
+    it.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
         notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
-        return notebook[1] if notebook else nodeid
+        figure = re.search(r"^tests/gallery/.*\[(\w+)[-\]]", nodeid)
+        return (notebook or figure or [None, nodeid])[1]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    return _ByNotebook(config, log)
+    return _BySubject(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -88,18 +90,19 @@ def _compiled_replay() -> None:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
-    """JupyterLab as ``make lab`` starts it, on a copy of the notebooks."""
+def browser() -> Iterator[Browser]:
+    """Chromium without a window; playwright allows one of them a process."""
     if lab_driver.CHROMIUM is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with lab_driver.running_lab(tmp_path_factory.mktemp("lab")) as server:
-        yield server
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
 
 
 @pytest.fixture(scope="session")
-def browser(lab: lab_driver.Lab) -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
+def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
+    """JupyterLab as ``make lab`` starts it, on a copy of the notebooks."""
+    with lab_driver.running_lab(tmp_path_factory.mktemp("lab")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,12 @@ def test_parts_add_up_to_the_step(precision):
 
 
 def test_hooks_are_gone_afterwards(embedded):
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in embedded.model.modules())
+
+    before = hooks()  # transformers leaves its own on a model that once returned hidden states
     profile_token(embedded, context=8, tokens=2)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in embedded.model.modules())
+    assert hooks() == before
 
 
 def test_layers_are_told_apart_by_what_they_are(embedded):

@@ -128,36 +128,30 @@ def test_a_hostile_notebook_becomes_a_harmless_chapter(hostile_folder):
     assert "&lt;script&gt;document.title" in html  # what was printed is shown as text
 
 
-_FILES = {"/FontFile2", "/FontFile3"}
+_FONT_FILES = {"/FontFile2", "/FontFile3"}
 
 needs_browser = pytest.mark.skipif(
     not any(map(shutil.which, ("chromium", "google-chrome"))), reason="no Chromium is installed on this machine"
 )
 
 
-@needs_browser
 @pytest.mark.browser
 @pytest.mark.parametrize("hostile", [False, True])
-def test_a_browser_shows_it_without_a_request(html, hostile_folder, tmp_path, hostile):
-    from playwright.sync_api import sync_playwright
-
+def test_a_browser_shows_it_without_a_request(html, hostile_folder, tmp_path, hostile, browser):
     page_file = tmp_path / "report.html"
     page_file.write_text(report_html(hostile_folder) if hostile else html, encoding="utf-8")
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu"]
-        browser = playwright.chromium.launch(executable_path=find_browser(), args=arguments)
-        page = browser.new_page()
-        requests: list[str] = []
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_file.as_uri(), wait_until="load")
-        assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
-        assert page.title() == "Where does a chat model's GPU memory go, and why?"
-        if not hostile:
-            widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
-            assert widths
-            assert min(widths) > 100
-            assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        browser.close()
+    page = browser.new_page()
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(page_file.as_uri(), wait_until="load")
+    assert [url for url in requests if not url.startswith("data:")] == [page_file.as_uri()]
+    assert page.title() == "Where does a chat model's GPU memory go, and why?"
+    if not hostile:
+        widths = page.evaluate("[...document.images].map(i => i.naturalWidth)")
+        assert widths
+        assert min(widths) > 100
+        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    page.close()
 
 
 @needs_browser
@@ -175,9 +169,7 @@ def test_the_pdf_has_pages_fonts_and_chapters(tmp_path):
     fonts = [font.get_object() for page in reader.pages for font in page["/Resources"].get("/Font", {}).values()]
     for font in fonts:
         inner = font["/DescendantFonts"][0].get_object() if "/DescendantFonts" in font else font
-        assert inner["/Subtype"] == "/Type3" or {"/FontFile2", "/FontFile3"} & set(
-            inner["/FontDescriptor"].get_object()
-        )
+        assert inner["/Subtype"] == "/Type3" or _FONT_FILES & set(inner["/FontDescriptor"].get_object())
 
 
 class TestBadInput:
