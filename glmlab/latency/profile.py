@@ -14,16 +14,18 @@ PyTorch runs belongs to the innermost mark around it:
 
 On a CPU an operation's time is its own; on a GPU it is the time of the kernels that it launched.
 
-The profiler writes down every operation, which makes a small model several times slower. So only the operations' times
-come from it, less what writing down the operations inside them cost (the whole slowdown, shared out evenly); the step
-that they are parts of is one without the profiler. Of steps and of operations the fastest are taken, since whatever
-else the machine does only adds to them.
+The profiler writes down every operation, which makes a small model much slower. So only the operations' times come
+from it; the step that they are parts of is one without it. On a CPU what it wrote down inside an operation has
+lengthened that operation. Its price is measured: steps with marks and profiler against steps with marks alone, shared
+out among all that was written down. An operation is that much shorter for each one inside it, but never shorter than
+the innermost ones together, inside which nothing was written down. Of steps and of operations the fastest are taken,
+since whatever else the machine does only adds to them.
 """
 
 import os
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ import pandas as pd
 from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils.hooks import RemovableHandle
 
 from glmlab.generation.decoding import DecodeStep, context_limit
 from glmlab.latency.conditions import conditions
@@ -62,7 +65,7 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
     Args:
         loaded: from ``load_model``, not compiled: a compiled pass has no layers left to mark.
         context: tokens that are cached before the steps.
-        tokens: decode steps with and without the profiler, from which the fastest are taken.
+        tokens: decode steps without marks, with marks, and with the profiler, from which the fastest are taken.
 
     Returns:
         One row for each of :data:`PARTS`: part, ms, share. ``attrs`` has ``step_ms`` (the step that the parts add up
@@ -82,7 +85,7 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
         raise LatencyError(
             "a compiled model cannot be taken apart by layers. Load it without compile=True to profile it."
         )
-    needed, limit = context + 2 * (tokens + _WARM_UP_STEPS), context_limit(loaded.model.config)
+    needed, limit = context + 3 * (tokens + _WARM_UP_STEPS), context_limit(loaded.model.config)
     if context < 1 or tokens < 1 or needed > limit:
         raise LatencyError(
             f"context={context}, tokens={tokens}: both start at 1, and the {needed:,} tokens of the measurement must "
@@ -90,10 +93,12 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
         )
     on_cuda = loaded.model.device.type == "cuda"
     with device_errors("while profiling", pd.DataFrame):
-        steps = endless_steps(loaded, context, 1 + 2 * (tokens + _WARM_UP_STEPS))
-        plain = [_timed(steps) for _ in range(1 + _WARM_UP_STEPS + tokens)][1 + _WARM_UP_STEPS :]
+        steps = endless_steps(loaded, context, 1 + 3 * (tokens + _WARM_UP_STEPS))
+        next(steps)
+        plain = _timed_steps(steps, tokens)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
-        with _marks(loaded.model):
+        with _marks(loaded.model) as n_marks:
+            marked = _timed_steps(steps, tokens)
             for _ in range(_WARM_UP_STEPS):
                 next(steps)
             profiler = profile(activities=activities, acc_events=True)
@@ -106,17 +111,13 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
     passes = _by_pass(profiler.events(), on_cuda=on_cuda)  # type: ignore[no-untyped-call]
     fastest = min(range(tokens), key=lambda i: profiled[i][1].forward_s)
     operations = _fastest_operations(passes, fastest)
-    between_s = min(
-        timed[1].forward_s - sum(operation.seconds for operation in each)
-        for timed, each in zip(profiled, passes, strict=True)
-    )
-    profiled_s = between_s + sum(operation.seconds for operation in operations)
-    slowdown_s = 0.0 if on_cuda else max(0.0, profiled_s - step.forward_s)
+    n_events = n_marks + sum(operation.events for operation in operations)
+    slowdown_s = profiled[fastest][1].forward_s - min(timed.forward_s for _, timed in marked)
+    event_s = 0.0 if on_cuda else max(0.0, slowdown_s) / n_events
 
     seconds = dict.fromkeys(PARTS, 0.0)
-    n_events = sum(operation.events for operation in operations)
-    for part, operation_s, events in operations:
-        seconds[part] += operation_s - slowdown_s * (events - 1) / n_events
+    for operation in operations:
+        seconds[operation.part] += operation.without_writing(event_s)
     seconds["Python and launching"] = step.forward_s - sum(seconds.values())
     seconds["sampling"] = step.choose_s + step.stop_check_s
     seconds["unexplained"] = elapsed_s - step.forward_s - seconds["sampling"]
@@ -135,6 +136,11 @@ def _timed(steps: Iterator[DecodeStep]) -> tuple[float, DecodeStep]:
     return time.perf_counter() - started, step
 
 
+def _timed_steps(steps: Iterator[DecodeStep], tokens: int) -> list[tuple[float, DecodeStep]]:
+    """So many steps, after some that do not count."""
+    return [_timed(steps) for _ in range(_WARM_UP_STEPS + tokens)][_WARM_UP_STEPS:]
+
+
 class _Operation(NamedTuple):
     """One operation that the forward pass ran."""
 
@@ -142,6 +148,12 @@ class _Operation(NamedTuple):
     seconds: float
     events: int
     """What the profiler wrote down for it: itself and the operations inside it."""
+    innermost_s: float
+    """Time of the operations inside it that have none inside themselves; its own if it is one."""
+
+    def without_writing(self, event_s: float) -> float:
+        """Its seconds without what it cost to write down the operations inside it."""
+        return max(self.innermost_s, self.seconds - event_s * (self.events - 1))
 
 
 def _fastest_operations(passes: list[list[_Operation]], fastest: int) -> list[_Operation]:
@@ -152,7 +164,8 @@ def _fastest_operations(passes: list[list[_Operation]], fastest: int) -> list[_O
 
 def _by_pass(events: Any, *, on_cuda: bool) -> list[list[_Operation]]:
     """Operations of each forward pass, in the order of the passes; those within others are part of them."""
-    inside: Counter[int] = Counter()
+    inside: dict[int, list[Any]] = defaultdict(list)  # of an operation: itself, and those within it
+    around_others: set[int] = set()
     passes: dict[int, list[Any]] = {}
     for event in events:
         if event.device_type != DeviceType.CPU:
@@ -163,15 +176,21 @@ def _by_pass(events: Any, *, on_cuda: bool) -> list[list[_Operation]]:
         if not _is_operation(event) or not above or above[-1].name != _PASS:
             continue
         around = [operation for operation in above if _is_operation(operation)]
-        inside[id(around[-1] if around else event)] += 1
+        inside[id(around[-1] if around else event)].append(event)
+        around_others.update(map(id, around))
         if not around:
             passes.setdefault(id(above[-1]), []).append(event)
+
+    def seconds(event: Any) -> float:
+        return float(event.device_time_total if on_cuda else event.time_range.elapsed_us()) / 1e6
+
     return [
         [
             _Operation(
                 next(above.name for above in _above(event) if above.name.startswith(_MARK)).removeprefix(_MARK),
-                (event.device_time_total if on_cuda else event.time_range.elapsed_us()) / 1e6,
-                inside[id(event)],
+                seconds(event),
+                len(inside[id(event)]),
+                sum(seconds(each) for each in inside[id(event)] if id(each) not in around_others),
             )
             for event in operations
         ]
@@ -206,16 +225,16 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _marks(model: Any) -> Iterator[None]:
-    """Mark layers for the profiler while the context lasts."""
-    handles = []
+def _marks(model: Any) -> Iterator[int]:
+    """Mark layers for the profiler while the context lasts; gives the number of marks in a pass."""
+    handles: list[RemovableHandle] = []
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if part := _part_of(name, module, model, head):
             enter, leave = _hooks(_MARK + part)
             handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
-        yield
+        yield len(handles) // 2
     finally:
         for handle in handles:
             handle.remove()

@@ -18,6 +18,7 @@ def test_parts_add_up_to_the_step(precision):
     assert tuple(table["part"]) == PARTS
     assert table["ms"].sum() == pytest.approx(table.attrs["step_ms"])
     assert table["share"].sum() == pytest.approx(1)
+    assert (table["ms"].head(4) > 0).all()
     assert table.attrs["operations"] > 200
     assert table.attrs["conditions"]["precision"] == precision
 
@@ -73,10 +74,19 @@ def test_operations_belong_to_the_innermost_mark_and_those_within_others_count_o
     events += [second, _event("aten::mul", second, host_us=3, device_us=20)]
     on_host, on_gpu = (profile._by_pass(events, on_cuda=on_cuda) for on_cuda in (False, True))
     assert on_host == [
-        [("weights", 50e-6, 2), ("attention", 7e-6, 1)],
-        [("norms, activations, rest", 3e-6, 1)],
+        [("weights", 50e-6, 2, 40e-6), ("attention", 7e-6, 1, 7e-6)],
+        [("norms, activations, rest", 3e-6, 1, 3e-6)],
     ]
     assert [operation.seconds for operation in on_gpu[0]] == [400e-6, 30e-6]
+
+
+@pytest.mark.parametrize(
+    ("event_us", "left_us"),
+    [(0, 50), (2, 44), (4, 40), (100, 40)],  # 3 operations inside; what the innermost took is the least that is left
+)
+def test_writing_down_what_is_inside_is_taken_off_as_far_as_it_can_have_cost(event_us, left_us):
+    operation = profile._Operation("weights", 50e-6, events=4, innermost_s=40e-6)
+    assert operation.without_writing(event_us * 1e-6) == pytest.approx(left_us * 1e-6)
 
 
 class TestBadInput:
