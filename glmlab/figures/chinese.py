@@ -78,6 +78,51 @@ CHINESE = {
     "Memory by precision: {verdicts}, against {card_mib:,.0f} MiB of {card}.": (
         "各精度所需的記憶體：{verdicts}；{card} 有 {card_mib:,.0f} MiB。"
     ),
+    # time of a token
+    "time of a token (ms)": "每個 token 的用時（ms）",
+    "time of one token (ms)": "一個 token 的用時（ms）",
+    "times the floor": "為下限的倍數",
+    "floor (computed)": "下限（算得）",
+    "eager": "逐步執行",
+    "compiled": "編譯後",
+    "{name}: {ms:.2f} ms at {tokens:,} tokens": "{name}：{tokens:,} 個 token 時 {ms:.2f} ms",
+    "Time of a token against context length. {series}. The measured times are {least:.3g} to {most:.3g} times the "
+    "floor.": "每個 token 的用時隨上下文長度的變化。{series}。實測用時為下限的 {least:.3g} 至 {most:.3g} 倍。",
+    "in proportion": "成正比",
+    "time to the first token (ms)": "首個 token 的用時（ms）",
+    "{name}: {ms:.0f} ms for {tokens:,.0f} tokens": "{name}：{tokens:,.0f} 個 token 用 {ms:.0f} ms",
+    "Time to the first token against the length of the prompt. {series}.": (
+        "首個 token 的用時隨提示長度的變化。{series}。"
+    ),
+    "norms, activations, rest": "歸一化、激活與其餘",
+    "Python and launching": "Python 與啟動",
+    "sampling": "取樣",
+    "unexplained": "未能解釋",
+    " {ms:.2f} ms": " {ms:.2f} ms",
+    "{name}: {ms:.2f} ms, most of it {part} ({share:.0%})": "{name}：{ms:.2f} ms，最多的是{part}（{share:.0%}）",
+    "Where the time of one token goes. {series}.": "一個 token 的時間用在何處。{series}。",
+    "gpustat --json (a process)": "gpustat --json（一個行程）",
+    "gpustat.new_query()": "gpustat.new_query()",
+    "NVML": "NVML",
+    " {ms:,.3g} ms": " {ms:,.3g} ms",
+    "{name}: {ms:,.3g} ms": "{name}：{ms:,.3g} ms",
+    "{name}: {ms:,.3g} ms, no driver": "{name}：{ms:,.3g} ms，無驅動程式",
+    "answered": "有答覆",
+    "no answer: no driver there": "無答覆：該機沒有驅動程式",
+    "time of one reading (ms)": "讀取一次的用時（ms）",
+    "What one reading of the memory costs. {series}.": "讀取一次記憶體用量的代價。{series}。",
+    "floor: read the weights once": "下限：讀權重一次",
+    "dequantise them to fp16, read those": "還原為 fp16 再讀取",
+    "weights in host memory": "主機記憶體中的權重",
+    "the log: gpustat --json": "記錄：gpustat --json",
+    "floor": "下限",
+    "estimated": "估計",
+    "measured here": "在此實測",
+    "time of a token (ms); the black line is the reported {total_s:.1f} s": (
+        "每個 token 的用時（ms）；黑線為所述的 {total_s:.1f} s"
+    ),
+    "An account of {total_s:.1f} s a token. {parts}.": "每個 token {total_s:.1f} s 的帳目。{parts}。",
+    "{part} ({kind}): {ms:.0f} ms": "{part}（{kind}）：{ms:.0f} ms",
     # decode steps
     "surprisal\n(bits)": "意外度\n（位元）",
     "surviving\ncandidates": "剩餘\n候選數",

@@ -1,19 +1,20 @@
 """Time in pictures: measured against the floor, the parts of a token, the cost of asking, an account of 1.5 s.
 
-Measured times are dots, floors (computed) solid lines; in bars, what is computed or estimated is hatched.
+Measured times are dots, floors (computed) solid lines, thicker from series to series.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from glmlab.figures.settings import FigureError
-from glmlab.figures.style import COLORS, STYLE, SuiteFigure
+from glmlab.figures.settings import FigureError, pt, tr, tr_label
+from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, legend_below, most_ticks, wrapped
 
 _SERIES_LOOKS = (
     ("allocated", "o"),
@@ -23,16 +24,16 @@ _SERIES_LOOKS = (
     ("used", "v"),
     ("kv copies", "p"),
 )
-PART_COLORS = {
-    "weights": COLORS["weights"],
-    "attention": COLORS["kv"],
-    "head": COLORS["allocated"],
-    "norms, activations, rest": COLORS["activations"],
-    "Python and launching": COLORS["kv copies"],
-    "sampling": COLORS["slack large"],
-    "unexplained": COLORS["unexplained"],
+PART_LOOKS = {
+    "weights": (COLORS["weights"], ""),
+    "attention": (COLORS["kv"], HATCHES["kv"]),
+    "head": (COLORS["allocated"], HATCHES["kv copies"]),
+    "norms, activations, rest": (COLORS["activations"], HATCHES["activations"]),
+    "Python and launching": (COLORS["kv copies"], "xx"),
+    "sampling": (COLORS["slack large"], HATCHES["slack large"]),
+    "unexplained": (COLORS["unexplained"], ""),
 }
-"""Colour of every part of a token's time."""
+"""Colour and pattern of every part of a token's time."""
 
 _KIND_LOOKS = {  # kind of a row of an account -> colour, hatch
     "floor": (COLORS["allocated"], "////"),
@@ -62,33 +63,41 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         ['time of a token (ms)', 'times the floor']
     """
     _need(table, by, "context_tokens", "token_ms", "p10_ms", "p90_ms", "floor_ms")
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 5.6), layout="constrained")
+    with drawing(6.3, 5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
         words = []
-        for (name, rows), (color, marker) in zip(table.groupby(by, sort=False), _SERIES_LOOKS * 9, strict=False):
-            _draw_series(above, rows, "token_ms", str(name), COLORS[color], marker)
-            above.plot(rows["context_tokens"], rows["floor_ms"], color=COLORS[color])
+        for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
+            color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
+            _draw_series(above, rows, "token_ms", tr_label(str(name)), COLORS[color], marker)
+            look: dict[str, Any] = {
+                "color": COLORS[color],
+                "linewidth": pt(0.8 + 0.9 * index),
+                "zorder": 2 - index / 10,
+            }
+            above.plot(rows["context_tokens"], rows["floor_ms"], **look)
             ratio = rows["token_ms"] / rows["floor_ms"]
-            below.plot(rows["context_tokens"], ratio, color=COLORS[color], marker=marker, linestyle=":", markersize=5)
-            words.append(f"{name}: {rows['token_ms'].iloc[0]:.2f} ms at {rows['context_tokens'].iloc[0]:,} tokens")
+            below.plot(rows["context_tokens"], ratio, color=COLORS[color], marker=marker, linestyle=":", ms=pt(5))
+            words.append(
+                tr(
+                    "{name}: {ms:.2f} ms at {tokens:,} tokens",
+                    name=tr_label(str(name)), ms=rows["token_ms"].iloc[0], tokens=rows["context_tokens"].iloc[0],
+                )
+            )  # fmt: skip
         below.axhline(1, color=COLORS["used"])
-        above.set_ylabel("time of a token (ms)")
-        below.set_ylabel("times the floor")
-        below.set_xlabel("context length (tokens)")
+        above.set_ylabel(tr("time of a token (ms)"))
+        below.set_ylabel(tr("times the floor"))
+        below.set_xlabel(tr("context length (tokens)"))
         for axes in (above, below):
-            axes.set_yscale("log")
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter(_PLAIN)
-            axes.yaxis.set_major_formatter(_PLAIN)
+            _logarithmic(axes)
         handles, labels = above.get_legend_handles_labels()
         (floor_line,) = above.plot([], [], color=COLORS["reserved"])
-        figure.legend([*handles, floor_line], [*labels, "floor (computed)"], loc="outside lower center", ncols=5)
+        legend_below(figure, [*handles, floor_line], [*labels, tr("floor (computed)")], ncols=5)
     times = table["token_ms"] / table["floor_ms"]
-    figure.alt_text = (
-        f"Time of a token against context length, by {by}. {'; '.join(words)}. The measured times are "
-        f"{times.min():.3g} to {times.max():.3g} times the floor."
-    )
+    figure.alt_text = tr(
+        "Time of a token against context length. {series}. The measured times are {least:.3g} to {most:.3g} times the "
+        "floor.",
+        series="; ".join(words), least=times.min(), most=times.max(),
+    )  # fmt: skip
     return figure
 
 
@@ -106,27 +115,30 @@ def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         FigureError: no rows, or a column that is missing.
     """
     _need(table, by, "prompt_tokens", "first_token_ms", "p10_ms", "p90_ms")
-    with matplotlib.rc_context(STYLE):
-        figure = SuiteFigure(figsize=(6.3, 3.4), layout="constrained")
+    with drawing(6.3, 3.6) as figure:
         axes = figure.subplots()
         words = []
-        for (name, rows), (color, marker) in zip(table.groupby(by, sort=False), _SERIES_LOOKS * 9, strict=False):
-            _draw_series(axes, rows, "first_token_ms", str(name), COLORS[color], marker)
+        for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
+            color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
+            _draw_series(axes, rows, "first_token_ms", tr_label(str(name)), COLORS[color], marker)
             last = rows.iloc[-1]
-            words.append(f"{name}: {last['first_token_ms']:.0f} ms for {last['prompt_tokens']:,.0f} tokens")
+            words.append(
+                tr(
+                    "{name}: {ms:.0f} ms for {tokens:,.0f} tokens",
+                    name=tr_label(str(name)), ms=last["first_token_ms"], tokens=last["prompt_tokens"],
+                )
+            )  # fmt: skip
         lengths = np.array([table["prompt_tokens"].min(), table["prompt_tokens"].max()], float)
         start = table["first_token_ms"].iloc[int(table["prompt_tokens"].argmin())]
-        axes.plot(
-            lengths, start * lengths / lengths[0], color="#999999", linestyle="--", label="in proportion", zorder=0
-        )
-        axes.set_xlabel("prompt (tokens)")
-        axes.set_ylabel("time to the first token (ms)")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(_PLAIN)
-        axes.yaxis.set_major_formatter(_PLAIN)
-        axes.legend(loc="upper left")
-    figure.alt_text = f"Time to the first token against the length of the prompt. {'; '.join(words)}."
+        look: dict[str, Any] = {"color": "#999999", "linestyle": "--", "zorder": 0}
+        axes.plot(lengths, start * lengths / lengths[0], label=tr("in proportion"), **look)
+        axes.set_xlabel(tr("prompt (tokens)"))
+        axes.set_ylabel(tr("time to the first token (ms)"))
+        _logarithmic(axes)
+        legend_below(figure, *axes.get_legend_handles_labels(), ncols=5)
+    figure.alt_text = tr(
+        "Time to the first token against the length of the prompt. {series}.", series="; ".join(words)
+    )  # fmt: skip
     return figure
 
 
@@ -141,33 +153,36 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         A figure of horizontal bars in milliseconds; the bar's end says their sum.
 
     Raises:
-        FigureError: no rows, a column that is missing, or a part without a colour.
+        FigureError: no rows, a column that is missing, or a part without a look.
     """
     _need(table, by, "part", "ms")
-    if unknown := sorted(set(table["part"]) - set(PART_COLORS)):
-        raise FigureError(f"part {unknown[0]!r} has no colour. Known are {', '.join(PART_COLORS)}.")
+    if unknown := sorted(set(table["part"]) - set(PART_LOOKS)):
+        raise FigureError(f"part {unknown[0]!r} has no look. Known are {', '.join(PART_LOOKS)}.")
     names = list(dict.fromkeys(table[by]))
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        figure = SuiteFigure(figsize=(6.3, 1.2 + 0.55 * len(names)), layout="constrained")
+    with drawing(6.3, 1.4 + 0.5 * len(names), axes_grid_axis="x") as figure:
         axes = figure.subplots()
-        words = []
+        words, ends = [], []
         for row, name in enumerate(names):
             parts = table[table[by] == name]
             left = 0.0
             for part, ms in zip(parts["part"], parts["ms"], strict=True):
-                axes.barh(row, ms, left=left, height=0.6, color=PART_COLORS[part], edgecolor="white", linewidth=0.4)
+                axes.barh(row, ms, left=left, height=0.6, **_bar_look(PART_LOOKS[part]))
                 left += ms
-            axes.text(left, row, f" {left:.2f} ms", va="center", fontsize=8)
+            ends.append(axes.text(left, row, tr(" {ms:.2f} ms", ms=left), va="center", fontsize=pt(8)))
             largest = parts.iloc[int(parts["ms"].argmax())]
-            words.append(f"{name}: {left:.2f} ms, most of it {largest['part']} ({largest['ms'] / left:.0%})")
-        axes.set_yticks(range(len(names)), [str(name) for name in names])
+            words.append(
+                tr(
+                    "{name}: {ms:.2f} ms, most of it {part} ({share:.0%})",
+                    name=tr_label(str(name)), ms=left, part=tr(largest["part"]), share=largest["ms"] / left,
+                )
+            )  # fmt: skip
+        axes.set_yticks(range(len(names)), [tr_label(str(name)) for name in names])
         axes.invert_yaxis()
-        axes.set_xlabel("time of one token (ms)")
-        axes.margins(x=0.12)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0] if (table["ms"] < 0).any() else 0.0))
-        handles = [Patch(facecolor=color, label=part) for part, color in PART_COLORS.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    figure.alt_text = f"Where the time of one token goes, by {by}. {'; '.join(words)}."
+        axes.set_axisbelow(True)
+        axes.set_xlabel(tr("time of one token (ms)"))
+        _legend_of_looks(figure, PART_LOOKS)
+        _make_room(figure, axes, ends)
+    figure.alt_text = tr("Where the time of one token goes. {series}.", series="; ".join(words))
     return figure
 
 
@@ -184,24 +199,31 @@ def polling_chart(table: pd.DataFrame) -> SuiteFigure:
         FigureError: no rows, or a column that is missing.
     """
     _need(table, "way", "poll_ms", "answers")
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure = SuiteFigure(figsize=(6.3, 0.9 + 0.45 * len(table)), layout="constrained")
+    with drawing(6.3, 1.2 + 0.45 * len(table), axes_grid_axis="x") as figure:
         axes = figure.subplots()
-        words = []
+        words, ends = [], []
         for row, (way, ms, answers) in enumerate(zip(table["way"], table["poll_ms"], table["answers"], strict=True)):
-            look: dict[str, Any] = {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
-            axes.barh(row, ms, height=0.55, **look)
-            note = "" if answers else ", no driver"
-            axes.text(ms, row, f" {ms:,.3g} ms{note}", va="center", fontsize=8)
-            words.append(f"{way}: {ms:,.3g} ms{note}")
-        axes.set_yticks(range(len(table)), table["way"])
+            axes.barh(row, ms, height=0.55, **_polling_look(answers))
+            ends.append(axes.text(ms, row, tr(" {ms:,.3g} ms", ms=ms), va="center", fontsize=pt(8)))
+            words.append(
+                tr("{name}: {ms:,.3g} ms", name=tr(way), ms=ms)
+                if answers
+                else tr("{name}: {ms:,.3g} ms, no driver", name=tr(way), ms=ms)
+            )
+        axes.set_yticks(range(len(table)), _names_in_lines(figure, table["way"]))
         axes.invert_yaxis()
         axes.set_xscale("log")
-        axes.set_xlim(table["poll_ms"].min() / 5, table["poll_ms"].max() * 100)
+        axes.set_xlim(table["poll_ms"].min() / 5, table["poll_ms"].max())
+        axes.xaxis.set_major_locator(LogLocator(numticks=most_ticks(figure)))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_axisbelow(True)
-        axes.set_xlabel("time of one reading (ms)")
+        axes.set_xlabel(tr("time of one reading (ms)"))
         axes.xaxis.set_major_formatter(_PLAIN)
-    figure.alt_text = f"What one reading of the memory costs. {'; '.join(words)}."
+        kinds = sorted({bool(answers) for answers in table["answers"]}, reverse=True)
+        names = [tr("answered") if answers else tr("no answer: no driver there") for answers in kinds]
+        legend_below(figure, [Patch(**_polling_look(answers)) for answers in kinds], names, ncols=2)
+        _make_room(figure, axes, ends)
+    figure.alt_text = tr("What one reading of the memory costs. {series}.", series="; ".join(words))
     return figure
 
 
@@ -221,33 +243,35 @@ def account_chart(account: pd.DataFrame) -> SuiteFigure:
     if unknown := sorted(set(account["kind"]) - set(_KIND_LOOKS)):
         raise FigureError(f"kind {unknown[0]!r} has no look. Known are {', '.join(_KIND_LOOKS)}.")
     total_ms = account["seconds"].sum() * 1e3
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        figure = SuiteFigure(figsize=(6.3, 1.3 + 0.4 * len(account)), layout="constrained")
+    with drawing(6.3, 1.4 + 0.42 * len(account), axes_grid_axis="x") as figure:
         axes = figure.subplots()
-        left = 0.0
+        left, ends = 0.0, []
         for row, (kind, seconds) in enumerate(zip(account["kind"], account["seconds"], strict=True)):
-            color, hatch = _KIND_LOOKS[kind]
             ms = seconds * 1e3
-            axes.barh(row, ms, left=left, height=0.6, facecolor=color, hatch=hatch, edgecolor=COLORS["context"], lw=0.6)
-            axes.text(max(left, left + ms), row, f" {ms:,.0f} ms", va="center", fontsize=8)
+            axes.barh(row, ms, left=left, height=0.6, **_bar_look(_KIND_LOOKS[kind]))
+            ends.append(axes.text(max(left, left + ms), row, f" {ms:,.0f} ms", va="center", fontsize=pt(8)))
             left += ms
-            axes.plot(
-                [left, left], [row - 0.3, row + 1.3 if row < len(account) - 1 else row + 0.3], color="#999999", lw=0.6
-            )
-        axes.axvline(total_ms, color=COLORS["used"], lw=0.8)
-        axes.set_yticks(range(len(account)), account["part"])
+            below = row + (1.3 if row < len(account) - 1 else 0.3)
+            axes.plot([left, left], [row - 0.3, below], color="#999999", linewidth=pt(0.6))
+        axes.axvline(total_ms, color=COLORS["used"], linewidth=pt(0.8))
+        axes.set_yticks(range(len(account)), _names_in_lines(figure, account["part"]))
         axes.invert_yaxis()
-        axes.set_xlim(0, max(total_ms, left) * 1.15)
+        axes.set_xlim(0, max(total_ms, left))
         axes.set_axisbelow(True)
-        axes.set_xlabel(f"time of a token (ms); the black line is the reported {total_ms / 1e3:.1f} s")
-        handles = [
-            Patch(facecolor=color, hatch=hatch, edgecolor=COLORS["context"], linewidth=0.6, label=kind)
-            for kind, (color, hatch) in _KIND_LOOKS.items()
-        ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
-    figure.alt_text = f"An account of {total_ms / 1e3:.1f} s a token. " + "; ".join(
-        f"{part} ({kind}): {seconds * 1e3:.0f} ms"
-        for part, kind, seconds in zip(account["part"], account["kind"], account["seconds"], strict=True)
+        axes.xaxis.set_major_formatter(_PLAIN)
+        axes.set_xlabel(
+            tr("time of a token (ms); the black line is the reported {total_s:.1f} s", total_s=total_ms / 1e3)
+        )
+        _legend_of_looks(figure, _KIND_LOOKS)
+        _make_room(figure, axes, ends)
+    parts = zip(account["part"], account["kind"], account["seconds"], strict=True)
+    figure.alt_text = tr(
+        "An account of {total_s:.1f} s a token. {parts}.",
+        total_s=total_ms / 1e3,
+        parts="; ".join(
+            tr("{part} ({kind}): {ms:.0f} ms", part=tr(part), kind=tr(kind), ms=seconds * 1e3)
+            for part, kind, seconds in parts
+        ),
     )
     return figure
 
@@ -262,10 +286,50 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
         raise FigureError("no rows to draw: measure something first.")
 
 
+def _logarithmic(axes: Axes) -> None:
+    """Logarithmic scales with plain numbers; lengths double from mark to mark."""
+    axes.set_yscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter(_PLAIN)
+
+
+def _polling_look(answers: bool) -> dict[str, Any]:
+    """Arguments of a way's bar: hollow where it got no answer."""
+    return {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
+
+
+def _bar_look(look: tuple[str, str]) -> dict[str, Any]:
+    """Arguments of a bar or a legend's patch, from its colour and pattern."""
+    color, hatch = look
+    return {"facecolor": color, "hatch": hatch, "edgecolor": COLORS["context"], "linewidth": pt(0.5)}
+
+
+def _legend_of_looks(figure: SuiteFigure, looks: Mapping[str, tuple[str, str]]) -> None:
+    legend_below(figure, [Patch(**_bar_look(look)) for look in looks.values()], [tr(name) for name in looks], ncols=4)
+
+
+def _names_in_lines(figure: SuiteFigure, names: "pd.Series[str]") -> list[str]:
+    """Names of bars, in lines that leave the larger part of the width to the bars."""
+    return [wrapped(tr(name), 0.38 * figure.get_figwidth(), pt(9)) for name in names]
+
+
+def _make_room(figure: SuiteFigure, axes: Axes, ends: Sequence[Text]) -> None:
+    """Lengthen the horizontal axis until what is written behind the bars has room inside it."""
+    for text in ends:
+        text.set_in_layout(False)  # the panel gets the width that it has in the end
+    figure.draw_without_rendering()
+    scale, panel = axes.xaxis.get_transform(), axes.get_window_extent().width
+    left, right = scale.transform(axes.get_xlim())
+    for text in ends:
+        start = float(scale.transform([text.get_position()[0]])[0]) - left
+        right = max(right, left + start * panel / (panel - text.get_window_extent().width))
+    axes.set_xlim(right=float(scale.inverted().transform([right])[0]))
+
+
 def _draw_series(axes: Axes, rows: pd.DataFrame, column: str, label: str, color: str, marker: str) -> None:
     """Dots of the medians with whiskers from p10 to p90."""
     lengths = rows["context_tokens" if "context_tokens" in rows else "prompt_tokens"]
     whiskers = [rows[column] - rows["p10_ms"], rows["p90_ms"] - rows[column]]
-    axes.errorbar(
-        lengths, rows[column], yerr=whiskers, fmt=marker, color=color, markersize=5, elinewidth=0.8, label=label
-    )
+    look: dict[str, Any] = {"color": color, "markersize": pt(5), "elinewidth": pt(0.8)}
+    axes.errorbar(lengths, rows[column], yerr=whiskers, fmt=marker, label=label, **look)

@@ -107,6 +107,45 @@ CAPTIONS = {
         "zh": "重播原章節的對話時配置器中未滿的區段，{moment}。每條為驅動程式給予的一個區段，其區塊依所存內容著色並加"
         "花紋；白色為閒置。鍵與值在 2,049 個 token 時離開小池。",
     },
+    "decode_latency": {
+        "en": "Time of a token of the embedded model on one thread of a CPU, against the length of its context. Above, "
+        "dots are medians with whiskers from the 10th to the 90th percentile; lines are the floor, bytes and "
+        "operations over what this CPU moves and computes, thicker from precision to precision. Below, how many times "
+        "the floor each is.",
+        "zh": "內附模型在 CPU 單執行緒上每個 token 的用時，隨上下文長度而變。上圖圓點等記號為中位數，鬚線自第 10 至"
+        "第 90 百分位；實線為下限，即位元組數與運算數除以此 CPU 的頻寬與算力，各精度依次加粗。下圖為實測對下限的倍"
+        "數。",
+    },
+    "token_parts": {
+        "en": "Where the time of one token of the embedded model goes, in each precision, on one thread of a CPU. "
+        "Operations are told apart by layer; between them lie Python and the launching of operations.",
+        "zh": "內附模型在各精度下一個 token 的時間用在何處（CPU 單執行緒）。運算按所屬的層區分；運算之間為 Python "
+        "與啟動運算的時間。",
+    },
+    "eager_and_compiled": {
+        "en": "Time of a token of the embedded model in fp32, in eager mode and through torch.compile, against one "
+        "floor, on one thread of a CPU. Marks are medians with whiskers from the 10th to the 90th percentile.",
+        "zh": "內附模型 fp32 每個 token 的用時，逐步執行與經 torch.compile 編譯，對照同一下限（CPU 單執行緒）。記號"
+        "為中位數，鬚線自第 10 至第 90 百分位。",
+    },
+    "first_token": {
+        "en": "Time to the first token of the embedded model against the length of the prompt, on one thread of a CPU. "
+        "On the dashed line a prompt twice as long takes twice the time.",
+        "zh": "內附模型首個 token 的用時隨提示長度的變化（CPU 單執行緒）。虛線上，提示加倍則用時加倍。",
+    },
+    "polling": {
+        "en": "What one reading of the memory in use costs in three ways, on a logarithmic scale. Hollow bars got no "
+        "answer, since the machine has no NVIDIA driver: a lower bound of what they cost with one.",
+        "zh": "以三種方式讀取一次記憶體用量的代價，對數尺度。空心長條未得答覆，因該機沒有 NVIDIA 驅動程式：為有驅動"
+        "程式時代價的下界。",
+    },
+    "account_of_a_token": {
+        "en": "An account of the 1.5 s a token that the chapter reports for ChatGLM3-6B in int4 on an RTX 4060 Laptop. "
+        "Each bar begins where the one above it ends. The floor and the estimates are computed from the card's "
+        "published figures; Python and polling were measured on a CPU without that card; the rest is unexplained.",
+        "zh": "原章節所述 int4 的 ChatGLM3-6B 在 RTX 4060 Laptop 上每個 token 1.5 s 的帳目。每條始於上一條的終點。"
+        "下限與估計值由該卡公布的數據算得；Python 與讀取用量的時間實測於沒有該卡的 CPU；其餘未能解釋。",
+    },
 }
 
 

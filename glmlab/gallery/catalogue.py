@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from glmlab.gallery import decoding, deployment, memory, prompts, structure
+from glmlab.gallery import decoding, deployment, latency, memory, prompts, structure
 from glmlab.gallery.plate import Entry, GalleryError
 
 CATALOGUE = (
@@ -22,19 +22,13 @@ CATALOGUE = (
     Entry("why_the_curve_bends", "05_why_the_curve_bends", "forecast", memory.why_the_curve_bends),
     Entry("pools_before_the_move", "05_why_the_curve_bends", "forecast", memory.pools_before_the_move),
     Entry("pools_after_the_move", "05_why_the_curve_bends", "forecast", memory.pools_after_the_move),
+    Entry("decode_latency", "06_decode_latency", "measured", latency.decode_latency),
+    Entry("token_parts", "06_decode_latency", "measured", latency.token_parts),
+    Entry("eager_and_compiled", "06_decode_latency", "measured", latency.eager_and_compiled),
+    Entry("first_token", "06_decode_latency", "measured", latency.first_token),
+    Entry("polling", "06_decode_latency", "measured", latency.polling),
+    Entry("account_of_a_token", "06_decode_latency", "computed, measured, reported", latency.account_of_a_token),
 )
-
-_ANEW = "measured anew on each machine; no recording is kept"
-
-LEFT_OUT = {
-    "decode_latency": _ANEW,
-    "token_parts": _ANEW,
-    "eager_and_compiled": _ANEW,
-    "first_token": _ANEW,
-    "polling": _ANEW,
-    "account_of_a_token": _ANEW,
-}
-"""Figures that notebooks save and the catalogue does not make, and why."""
 
 
 def find_entries(names: Sequence[str]) -> tuple[Entry, ...]:

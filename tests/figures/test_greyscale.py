@@ -5,7 +5,15 @@ from itertools import combinations, pairwise
 import pandas as pd
 import pytest
 
-from glmlab.figures import component_chart, decode_strip, growth_figure, memory_curve, pool_map, precision_chart
+from glmlab.figures import (
+    component_chart,
+    decode_strip,
+    growth_figure,
+    latency,
+    memory_curve,
+    pool_map,
+    precision_chart,
+)
 from glmlab.figures.deployment import PART_LOOKS
 from glmlab.figures.forecast import COMPONENT_STYLES
 from glmlab.figures.style import luminance
@@ -79,6 +87,11 @@ def test_parts_of_a_precision_differ_from_their_neighbours():
     looks = [(bar.get_facecolor(), bar.get_hatch()) for bar in bars]
     assert len(looks) == len(PART_LOOKS)
     for one, other in pairwise(looks):
+        assert _apart(one, other)
+
+
+def test_parts_of_a_token_have_a_pattern_or_a_grey_of_their_own():
+    for one, other in combinations(latency.PART_LOOKS.values(), 2):
         assert _apart(one, other)
 
 

@@ -13,7 +13,7 @@ from glmlab.figures import (
     polling_chart,
     token_parts_chart,
 )
-from glmlab.figures.latency import PART_COLORS
+from glmlab.figures.latency import PART_LOOKS
 from glmlab.latency.account import chapter_account
 from glmlab.latency.profile import PARTS
 
@@ -59,8 +59,8 @@ def test_the_first_token_beside_what_would_be_in_proportion():
     assert "fp32: 10 ms for 64 tokens" in figure.alt_text
 
 
-def test_every_part_has_a_colour_and_bars_are_as_long_as_the_step():
-    assert tuple(PART_COLORS) == PARTS
+def test_every_part_has_a_look_and_bars_are_as_long_as_the_step():
+    assert tuple(PART_LOOKS) == PARTS
     table = pd.DataFrame({"precision": "fp32", "part": PARTS, "ms": [0.2, 0.1, 0.1, 0.1, 1.0, 0.1, 0.05]})
     figure = token_parts_chart(table)
     bars = figure.axes[0].patches
@@ -100,7 +100,7 @@ def test_what_cannot_be_drawn_is_refused(draw, times):
 def test_no_rows_and_unknown_parts_are_refused(times):
     with pytest.raises(FigureError, match="no rows to draw: measure something first"):
         latency_curve(times.iloc[:0])
-    with pytest.raises(FigureError, match="part 'lunch' has no colour"):
+    with pytest.raises(FigureError, match="part 'lunch' has no look"):
         token_parts_chart(pd.DataFrame({"precision": ["a"], "part": ["lunch"], "ms": [1.0]}))
     with pytest.raises(FigureError, match="kind 'guessed' has no look"):
         account_chart(pd.DataFrame({"part": ["a"], "kind": ["guessed"], "seconds": [1.0]}))

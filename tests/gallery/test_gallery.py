@@ -22,7 +22,6 @@ from glmlab.figures.settings import STYLES, parse_width, tr
 from glmlab.figures.style import luminance
 from glmlab.gallery import CATALOGUE, GalleryError, Plate, find_entries, make_figures
 from glmlab.gallery.captions import CAPTIONS
-from glmlab.gallery.catalogue import LEFT_OUT
 from glmlab.gallery.plate import embedded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,14 +60,13 @@ def name(request) -> str:
     return request.param.name
 
 
-def test_every_figure_a_notebook_saves_is_in_the_catalogue_or_left_out_for_a_reason():
+def test_every_figure_a_notebook_saves_is_in_the_catalogue():
     names = {entry.name for entry in CATALOGUE}
     assert len(names) == len(CATALOGUE)
     notebooks = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "notebooks").glob("0*.ipynb"))}
     saved = {stem: set(re.findall(r'Path\(output\) / \\"(\w+)\\"', text)) for stem, text in notebooks.items()}
     assert all(saved.values())
-    assert set().union(*saved.values()) <= names | set(LEFT_OUT)
-    assert not names & set(LEFT_OUT)
+    assert set().union(*saved.values()) <= names
     for entry in CATALOGUE:
         assert entry.notebook in notebooks
 
@@ -319,7 +317,7 @@ def _cell_values(stem: str) -> dict[str, object]:
 
 def test_the_catalogue_shows_what_the_notebooks_show():
     """Prompts, seeds and turns that both name are the same."""
-    from glmlab.gallery import decoding, deployment, memory, prompts
+    from glmlab.gallery import decoding, deployment, latency, memory, prompts
 
     assert _cell_values("00_deployment")["context_tokens"] == deployment.CONTEXT_TOKENS
     two, three = _cell_values("02_one_decode_step"), _cell_values("03_prompt_tokens")
@@ -327,6 +325,10 @@ def test_the_catalogue_shows_what_the_notebooks_show():
     assert (two["seed"], two["temperature"]) == (decoding.SEED, decoding.SAMPLING["temperature"])
     assert three["every_role"] == prompts.EVERY_ROLE
     assert three["system_text"] == prompts.CHAPTER[0]["content"]
+    six = _cell_values("06_decode_latency")
+    assert tuple(six["precisions"]) == latency.PRECISIONS
+    assert (tuple(six["contexts"]), tuple(six["prompts"])) == (latency.CONTEXTS, latency.PROMPTS)
+    assert six["compiled_precision"] == latency.COMPILED_PRECISION
     assert (five["trace"], five["turns"]) == (memory.TRACE, memory.TURNS)
 
 
