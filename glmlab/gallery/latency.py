@@ -11,7 +11,7 @@ from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
 from glmlab.resources import data_path
 
-RECORDING = "latency-embedded"
+RECORDING = "token-times-embedded"
 """Beginning of the names of the recorded tables; data/recordings/record_latency.py makes them."""
 
 PRECISIONS = ("fp32", "bf16", "int8", "int4")

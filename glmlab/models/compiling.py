@@ -6,7 +6,8 @@ graph). That pays where shapes repeat, so decode steps are compiled and prefills
 keys and values lie in a StaticCache, whose tensors keep shape and address while tokens are added.
 
 A cache length that was not seen before costs a compilation, the second one makes the length a variable: a model is
-compiled twice at most, however long its contexts grow. A static cache is read in its whole length, filled or not, so
+compiled twice at most, however long its contexts grow (once more if a model of another class is built meanwhile: the
+compiled pass depends on transformers' list of them). A static cache is read in its whole length, filled or not, so
 on a CPU it grows by :data:`CACHE_STEP_TOKENS` at a time. On CUDA each length is one more CUDA graph to record and to
 keep in memory; there it doubles.
 

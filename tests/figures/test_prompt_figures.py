@@ -70,7 +70,7 @@ class TestFont:
     def test_the_doctor_says_so(self):
         (finding,) = [finding for finding in examine() if finding.what == "CJK font"]
         assert finding.good
-        assert finding.found.startswith(f"{CJK_FAMILY} (bundled), 1,085 characters")
+        assert finding.found.startswith(f"{CJK_FAMILY} (bundled), 1,092 characters")
 
     def test_the_doctor_says_when_it_is_not_there(self, monkeypatch):
         monkeypatch.setattr("glmlab.figures.style.CJK_FAMILY", "No Such Family")
