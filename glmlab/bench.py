@@ -22,6 +22,7 @@ from glmlab.generation.decoding import Keep, decode_steps
 from glmlab.generation.prompts import encode_chat
 from glmlab.latency.polling import API, SUBPROCESS, measure_polling
 from glmlab.memory.benchmark import benchmark_replay
+from glmlab.memory.curve import write_atomically
 from glmlab.memory.provenance import today
 from glmlab.memory.tracing import trace
 from glmlab.memory.workload import DEFAULT_PROMPT, Workload
@@ -201,12 +202,17 @@ def run_benchmarks(repetitions: int, out: Path, *, notebooks: Path = Path("noteb
         notebooks: the folder of the notebooks.
 
     Raises:
-        GlmlabError: fewer than one repetition, or a benchmark that cannot be run.
+        GlmlabError: fewer than one repetition, a place that cannot be written, or a benchmark that cannot be run.
     """
     if repetitions < 1:
         raise GlmlabError(f"{repetitions} repetitions measure nothing. Ask for at least 1.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # said before the minutes of measuring, not after
+        raise GlmlabError(f"{out.parent} cannot be made a folder ({error.strerror}). Give another --out.") from error
+    if out.is_dir():
+        raise GlmlabError(f"{out} is a folder. Let --out name a .json file.")
     rows = [*decode_rows(repetitions), *forecast_rows(), *polling_rows(repetitions), *notebook_rows(notebooks)]
-    out.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
         **{row.key: row.value for row in rows},
         "rows": [asdict(row) for row in rows],
@@ -214,7 +220,7 @@ def run_benchmarks(repetitions: int, out: Path, *, notebooks: Path = Path("noteb
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "date": today(),
     }
-    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_atomically(out, json.dumps(record, indent=2) + "\n")
     return rows
 
 

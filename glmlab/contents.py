@@ -1,6 +1,7 @@
 """The suite's table of contents, read from the notebooks themselves."""
 
 import re
+import warnings
 from base64 import b64decode
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,8 +71,8 @@ def _entry(path: Path) -> Entry:
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     parts = {
         "question": re.search(r"\A# (.+\?)$", text, re.MULTILINE),
-        "answer": re.search(r"\*\*Answer in one sentence:\*\*\s+(.+?)\n\n", text, re.DOTALL),
-        "reading time": re.search(r"\*Reading time:\*\s+(\d+) minutes", text),
+        "answer": re.search(r"\*\*Answer in one sentence:\*\*\s+([`*]*[^`*\s].*?)\n\n", text, re.DOTALL),
+        "reading time": re.search(r"\*Reading time:\*\s+(\d{1,4}) minutes", text),
     }
     if missing := [name for name, found in parts.items() if not found]:
         raise NotebookError(f"{path.name} has no {missing[0]} at its head. The other notebooks show how it is written.")
@@ -85,8 +86,21 @@ def _thumbnail(path: Path, notebook: Any) -> Thumbnail:
     picture = next((output for output in outputs if "image/png" in output.get("data", {})), None)
     if picture is None:
         raise NotebookError(f"{path.name} shows no picture. Run it first: glmlab notebooks {path.stem} --in-place.")
-    image = Image.open(BytesIO(b64decode(picture.data["image/png"]))).convert("RGB")
+    about = picture.get("metadata", {}).get("image/png", {})
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = Image.open(BytesIO(b64decode(picture.data["image/png"])), formats=["png"]).convert("RGB")
+    except (ValueError, TypeError, OSError, SyntaxError, Image.DecompressionBombError, Warning) as error:
+        raise NotebookError(
+            f"the first picture of {path.name} is no PNG that can be read ({error}). Run it again: glmlab notebooks "
+            f"{path.stem} --in-place."
+        ) from error
+    if not about.get("alt"):
+        raise NotebookError(
+            f"the first picture of {path.name} has no alternative text. Show it with a function of glmlab.figures, and "
+            f"run it again: glmlab notebooks {path.stem} --in-place."
+        )
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     png = BytesIO()
     image.quantize(32).save(png, format="png", optimize=True)
-    return Thumbnail(png.getvalue(), picture.metadata["image/png"]["alt"], *image.size)
+    return Thumbnail(png.getvalue(), about["alt"], *image.size)

@@ -77,16 +77,31 @@ def find_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read_notebook(path: Path) -> Any:
-    """Read a notebook.
+    """Read a notebook that has every part that the format asks for.
 
     Raises:
-        NotebookError: the file is not one.
+        NotebookError: the file is not one, or holds something else where the format has a part of it.
     """
     try:
-        return nbformat.read(path, as_version=4)
+        notebook = nbformat.read(path, as_version=4)  # logs what is invalid, and goes on
+        nbformat.validate(notebook)
+        nbformat.writes(notebook, version=nbformat.NO_CONVERT).encode("utf-8")  # half a surrogate pair is no text
+        for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+            for kind in _PICTURES & output.get("metadata", {}).keys():
+                _check_picture(kind, output.metadata[kind])
+        return notebook
     except Exception as error:  # nbformat reads before it validates: a foreign file fails in many ways
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise NotebookError(f"{path.name} is not a notebook ({cause}). Take it from the suite's checkout.") from error
+
+
+_PICTURES = {"image/png", "image/jpeg"}
+
+
+def _check_picture(kind: str, about: Any) -> None:
+    """Refuse what describes a picture in another way than the suite does; the format says nothing of it."""
+    if not isinstance(about, dict) or not isinstance(about.get("alt", ""), str):
+        raise ValueError(f"the metadata of a picture ({kind}) are {about!r:.60}, not an object with a text alt")
 
 
 def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:

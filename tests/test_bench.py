@@ -103,3 +103,12 @@ def test_the_command_prints_its_tables_and_writes_the_ratios_down(tmp_path, monk
 def test_nothing_measured_is_refused(tmp_path):
     with pytest.raises(GlmlabError, match="0 repetitions measure nothing"):
         bench.run_benchmarks(0, tmp_path / "bench.json")
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "decode_rows", lambda _: pytest.fail("it measured"))
+    with pytest.raises(GlmlabError, match="is a folder. Let --out name a .json file"):
+        bench.run_benchmarks(1, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(GlmlabError, match="cannot be made a folder .*Give another --out"):
+        bench.run_benchmarks(1, tmp_path / "file" / "bench.json")

@@ -67,3 +67,23 @@ def test_the_committed_page_lists_every_notebook_and_is_small():
     assert len(pictures) == len(links)
     assert all(Image.open(BytesIO(base64.b64decode(picture))).width <= 640 for picture in pictures)
     assert (FOLDER / "index.ipynb").stat().st_size < 300 * 2**10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda picture: picture.data.update({"image/png": "AAAA"}), "is no PNG that can be read"),
+        (lambda picture: picture.data.update({"image/png": "not base64"}), "is no PNG that can be read"),
+        (
+            lambda picture: picture.metadata.clear(),
+            "has no alternative text. Show it with a function of glmlab.figures",
+        ),
+    ],
+)
+def test_a_first_picture_that_is_none_is_said(folder, change, message):
+    path = folder / "01_why.ipynb"
+    notebook = nbformat.read(path, 4)
+    change(notebook.cells[-1].outputs[0])
+    nbformat.write(notebook, path)
+    with pytest.raises(NotebookError, match=f"the first picture of 01_why.ipynb {message}"):
+        list(read_contents(folder))

@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import re
 from html.parser import HTMLParser
 from itertools import chain
@@ -18,6 +19,7 @@ from glmlab.notebooks import (
     find_notebooks,
     normalize,
     parse_parameters,
+    read_notebook,
 )
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -272,3 +274,25 @@ def test_an_ambiguous_name_is_refused(tmp_path):
         nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
     with pytest.raises(NotebookError, match="'04' names more than one notebook .*04_a, 04_b"):
         find_notebooks(tmp_path, ["04"])
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "cause"),
+    [
+        ('"outputs"', '"no_outputs"', "no_outputs"),
+        ('"execution_count": 1', '"execution_count": "<b>"', "is not of type 'integer', 'null'"),
+        ('"source": "a"', '"source": 5', "5 is not valid"),
+        ('"source": "a"', '"source": "\\ud800"', "surrogates not allowed"),
+        ('{"alt": "b"}', '"b"', "are 'b', not an object with a text alt"),
+        ('{"alt": "b"}', '{"alt": 5}', "not an object with a text alt"),
+    ],
+)
+def test_a_notebook_of_another_form_is_refused(tmp_path, there, instead, cause):
+    output = nbformat.v4.new_output("display_data", {"image/png": "Li4u"}, metadata={"image/png": {"alt": "b"}})
+    cell = nbformat.v4.new_code_cell("a", execution_count=1, outputs=[output])
+    text = json.dumps(nbformat.v4.new_notebook(cells=[cell]))
+    assert there in text
+    path = tmp_path / "01_odd.ipynb"
+    path.write_text(text.replace(there, instead))
+    with pytest.raises(NotebookError, match=f"01_odd.ipynb is not a notebook .*({cause}).* Take it from the suite's"):
+        read_notebook(path)

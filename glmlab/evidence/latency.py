@@ -22,7 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from glmlab.evidence.plan import LATENCY_PREFIX, EvidenceError, recordings
 from glmlab.latency.measure import measure_decode, measure_first_token
@@ -116,7 +118,7 @@ def read_timed_tokens(path: Path) -> TimedTokens:
 
     Raises:
         CurveError: the .json beside it is missing or is none.
-        EvidenceError: the .csv is missing or lacks a column.
+        EvidenceError: the .csv is missing, lacks a column or has no numbers in one; the .json lacks gpustat's cost.
     """
     header = read_curve_json(path.with_suffix(".json"))
     try:
@@ -125,6 +127,11 @@ def read_timed_tokens(path: Path) -> TimedTokens:
         raise EvidenceError(f"{path} is no table of timed tokens ({error}). Time them again.") from error
     if missing := [name for name in COLUMNS if name not in table]:
         raise EvidenceError(f"{path} lacks the column {missing[0]!r}. Time the tokens again.")
+    if odd := [name for name in COLUMNS if not is_numeric_dtype(table[name]) or not np.isfinite(table[name]).all()]:
+        raise EvidenceError(f"{path}: the column {odd[0]!r} holds something else than numbers. Time the tokens again.")
+    polling = header["provenance"].get("polling")
+    if not isinstance(polling, list) or not all(isinstance(way, dict) for way in polling):
+        raise EvidenceError(f"{path.with_suffix('.json')} lacks what gpustat costs ('polling'). Time the tokens again.")
     return TimedTokens(header["label"], table, header["provenance"])
 
 

@@ -89,7 +89,17 @@ def gather(
         budget_s: no run starts later than so many seconds from now; one that runs is not cut.
         device: where the models go.
         child: command of a run's process.
+
+    Raises:
+        EvidenceError: a budget below 0 or that is no number, or a folder that cannot be made.
     """
+    if not budget_s >= 0:
+        raise EvidenceError(f"a budget of {budget_s / 60:g} minutes is none. Give --minutes 0 or more.")
+    for folder in (data, work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvidenceError(f"{folder} cannot be made a folder ({error.strerror}). Choose another.") from error
     deadline = time.monotonic() + budget_s
     for run in runs:
         file = run.file(data, gpu)

@@ -397,7 +397,7 @@ def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
         static_tokens: a StaticCache of this length, compiled or not; without it that of a compiled model begins short.
 
     Raises:
-        DecodeError: a length below 1.
+        DecodeError: a length below 1, or that is no whole number.
 
     Example:
         >>> from glmlab import load_model
@@ -405,6 +405,8 @@ def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
         'DynamicCache'
     """
     config = loaded.model.config
+    if static_tokens is not None and type(static_tokens) is not int:
+        raise DecodeError(f"static_tokens={static_tokens!r} is not a whole number of tokens. Give one, such as 4096.")
     if static_tokens is not None and static_tokens < 1:
         raise DecodeError(f"static_tokens={static_tokens}: a static cache holds at least one token.")
     if loaded.compiled is None and static_tokens is None:

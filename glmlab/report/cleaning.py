@@ -27,6 +27,7 @@ _STYLES = CSSSanitizer(
     allowed_css_properties=["background-color", "color", "font-weight", "height", "text-align", "white-space", "width"]
 )
 _WITH_CONTENT = ("script", "style", "iframe", "object", "embed", "template", "noscript", "svg", "math", "head", "title")
+_NAMES_AN_ADDRESS = re.compile(r"(?<![\w-])(?!(?:rgb|hsl)a?\()[\w-]*\(|\\|:[^;]*//")
 _PLAIN_BACKGROUND = re.compile(r"background\s*:\s*(#[0-9a-fA-F]{3,8})\s*(;|$)")
 
 
@@ -37,6 +38,9 @@ def clean(html: str, *, chapter: str, chapters: frozenset[str]) -> str:
         html: of one notebook.
         chapter: its stem; ids are made its own, so that those of two notebooks do not meet.
         chapters: stems of all notebooks of the document; links to them become links inside it.
+
+    Raises:
+        ParserRejectedMarkup: markup that no parser reads.
 
     Example:
         >>> clean('<p onclick="x()">a<script>x()</script></p>', chapter="01", chapters=frozenset())
@@ -62,7 +66,8 @@ def _mend(tag: Tag, chapter: str, chapters: frozenset[str]) -> None:
     if tag.has_attr("id"):
         tag["id"] = f"{chapter}-{tag['id']}"
     if tag.has_attr("style"):
-        tag["style"] = _PLAIN_BACKGROUND.sub(r"background-color: \1\2", str(tag["style"]))
+        style = _PLAIN_BACKGROUND.sub(r"background-color: \1\2", str(tag["style"]))
+        tag["style"] = ";".join(part for part in style.split(";") if not _NAMES_AN_ADDRESS.search(part))
     if tag.name == "a":
         address = str(tag.get("href", ""))
         stem = address.split("/")[-1].partition(".ipynb")[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+from bs4.builder import ParserRejectedMarkup
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
@@ -53,11 +54,13 @@ def report_html(folder: Path) -> str:
 
     Raises:
         NotebookError: no notebooks, or a file that is none.
-        ReportError: a notebook that has not been run.
+        ReportError: a notebook that has not been run or cannot be a chapter; the .json of a recording that is none.
     """
     paths = [path for path in find_notebooks(folder, []) if path.stem != "index"]
     if not paths:
         raise ReportError(f"{folder} holds no notebook but the index. Give the folder of the suite's notebooks.")
+    if odd := [path.name for path in paths if not re.fullmatch(r"[\w.-]+", path.stem)]:
+        raise ReportError(f"{odd[0]!r} cannot name a chapter: rename it with letters, digits, '_', '-' and '.' only.")
     stems = frozenset(path.stem for path in paths)
     chapters = [_chapter(path, stems) for path in paths]
     date = source_date() or datetime.now(UTC)
@@ -86,8 +89,14 @@ def _chapter(path: Path, stems: frozenset[str]) -> Chapter:
             f"--folder {path.parent} --in-place"
         )
     exporter = HTMLExporter(template_name="report", extra_template_basedirs=[str(_TEMPLATES)])
-    raw, _ = exporter.from_notebook_node(_with_words(notebook))
-    html = clean(raw, chapter=path.stem, chapters=stems)
+    try:
+        raw, _ = exporter.from_notebook_node(_with_words(notebook))
+        html = clean(raw, chapter=path.stem, chapters=stems)
+    except ParserRejectedMarkup as error:
+        raise ReportError(
+            f"{path.name} holds HTML that cannot be read, such as '<![' without its end. Take it from the suite's "
+            "checkout, or run it again."
+        ) from error
     headings = re.findall(r'<h([12]) id="([^"]+)">(.*?)</h\1>', html, re.DOTALL)
     titles = [re.sub(r"<[^>]+>", "", text) for level, _, text in headings if level == "1"]
     sections = tuple((name, re.sub(r"<[^>]+>", "", text)) for level, name, text in headings if level == "2")
@@ -146,9 +155,16 @@ def _provenance(chapters: Sequence[Chapter]) -> str:
 
 def _recording(path: Path) -> str:
     """Facts of a recording in short: those that fit a line."""
-    document = json.loads(path.read_text(encoding="utf-8"))
-    facts: Mapping[str, Any] = document.get("provenance", document)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        facts: Mapping[str, Any] = document.get("provenance", document)
+        versions = facts.get("versions", {}).items()
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise ReportError(
+            f"{path.name} of data/recordings is not the JSON of a recording ({error}). Copy it again from the suite's "
+            "checkout."
+        ) from error
     shown = ("kind", "source", "model", "precision", "device", "gpu", "driver", "os", "date")
     told = [f"{name}: {facts[name]}" for name in shown if facts.get(name)]
-    told += [f"{name} {version}" for name, version in facts.get("versions", {}).items()]
+    told += [f"{name} {version}" for name, version in versions]
     return f"<dt>{escape(path.stem)}</dt><dd>{escape('; '.join(told))}</dd>"

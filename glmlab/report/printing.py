@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from glmlab.memory.curve import write_atomically
 from glmlab.report.document import ReportError, report_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
@@ -33,12 +34,14 @@ def write_report(out: Path, *, folder: Path, browser: str | None = None) -> Path
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix == ".html":
-            out.write_text(html, encoding="utf-8", newline="\n")
-            return out
-        out.unlink(missing_ok=True)  # what is there in the end was printed now
+            write_atomically(out, html)
+        else:
+            with tempfile.TemporaryDirectory() as temporary:  # a browser that fails leaves the old document as it was
+                printed = Path(temporary) / out.name
+                print_pdf(html, printed, program)
+                write_atomically(out, printed.read_bytes())
     except OSError as error:
         raise ReportError(f"{out} cannot be written ({error.strerror}). Choose another --out.") from error
-    print_pdf(html, out, program)
     return out
 
 

@@ -283,3 +283,12 @@ def test_command_counts_what_became_of_the_runs(tmp_path: Path, monkeypatch: pyt
     result = CliRunner().invoke(app, ["evidence", "snapshot-llama"])
     assert isinstance(result.exception, EvidenceError)
     assert "1 runs failed" in str(result.exception)
+
+
+def test_a_budget_or_folder_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EvidenceError, match="a budget of nan minutes is none. Give --minutes 0 or more"):
+        do(tmp_path, SNAPSHOT, budget_s=float("nan"))
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    with pytest.raises(EvidenceError, match="cannot be made a folder .*Choose another"):
+        list(gather([SNAPSHOT], in_the_way, tmp_path / "work", "gpu", budget_s=1.0))

@@ -67,3 +67,21 @@ def test_files_that_are_no_times_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(EvidenceError, match=r"latency-a.csv is no table of timed tokens \(.*No such file"):
         read_timed_tokens(path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "provenance", "message"),
+    [
+        ("fast", {"polling": []}, "'token_ms' holds something else than numbers. Time the tokens again"),
+        ("", {"polling": []}, "'token_ms' holds something else than numbers. Time the tokens again"),
+        ("1", {}, r"latency-a.json lacks what gpustat costs \('polling'\)"),
+        ("1", {"polling": "x"}, r"latency-a.json lacks what gpustat costs \('polling'\)"),
+    ],
+)
+def test_times_that_are_no_numbers_are_refused(tmp_path: Path, cell: str, provenance: object, message: str) -> None:
+    path = tmp_path / "latency-a.csv"
+    path.write_text(f"{','.join(latency.COLUMNS)}\n8,{cell},1,1,1,1\n", encoding="utf-8")
+    header = {"kind": "measured", "label": "a", "provenance": provenance}
+    path.with_suffix(".json").write_text(json.dumps(header), encoding="utf-8")
+    with pytest.raises(EvidenceError, match=message):
+        read_timed_tokens(path)

@@ -254,3 +254,5 @@ class TestStaticCache:
     def test_a_length_below_one_is_refused(self, embedded):
         with pytest.raises(DecodeError, match="static_tokens=0: a static cache holds at least one token"):
             ChatSession(embedded, static_tokens=0)
+        with pytest.raises(DecodeError, match=r"static_tokens=1.5 is not a whole number of tokens. Give one"):
+            ChatSession(embedded, static_tokens=1.5)

@@ -208,3 +208,62 @@ class TestBadInput:
             print_pdf("<p>", tmp_path / "report.pdf", str(broken))
         with pytest.raises(ReportError, match="did not print"):
             print_pdf("<p>", tmp_path / "report.pdf", f"{sys.executable}-nowhere")
+
+
+def _with_output(folder: Path, html: str, name: str = "01_odd.ipynb") -> Path:
+    output = nbformat.v4.new_output("display_data", {"text/html": html})
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "style",
+    [
+        "color:url(http://a.test)",
+        "width:-webkit-image-set(url(http://a.test) 1x)",
+        "color:\\75rl(http://a.test)",
+        "background-color:expression(alert(1))",
+        "height:src('//a.test')",
+    ],
+)
+def test_a_style_that_names_an_address_is_gone_and_its_neighbour_stays(style):
+    cleaned = clean(f'<p style="{style};color: rgb(1, 2, 3)">a</p>', chapter="01", chapters=frozenset())
+    assert cleaned == '<p style="color: rgb(1, 2, 3);">a</p>'
+
+
+def test_markup_that_no_parser_reads_is_refused(tmp_path):
+    with pytest.raises(ReportError, match=r"01_odd.ipynb holds HTML that cannot be read, .* Take it from the suite's"):
+        report_html(_with_output(tmp_path, "<![foo"))
+
+
+def test_a_file_name_that_is_markup_is_refused(tmp_path):
+    name = '01"><b onclick=x>.ipynb'
+    with pytest.raises(ReportError, match="cannot name a chapter: rename it with letters, digits"):
+        report_html(_with_output(tmp_path, "a", name))
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"versions": [1]}', '{"provenance": 5}'])
+def test_a_recording_that_is_none_is_named(tmp_path, monkeypatch, content):
+    (tmp_path / "odd.json").write_text(content)
+    monkeypatch.setattr("glmlab.report.document.data_path", lambda _: tmp_path)
+    with pytest.raises(ReportError, match=r"odd.json of data/recordings is not the JSON of a recording .* Copy it"):
+        report_html(_with_output(tmp_path, "a"))
+
+
+def test_a_browser_that_fails_leaves_the_old_document(tmp_path):
+    old = tmp_path / "report.pdf"
+    old.write_bytes(b"old")
+    with pytest.raises(ReportError, match="wrote no"):
+        write_report(old, folder=_with_output(tmp_path, "a"), browser=shutil.which("false"))
+    assert old.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("width", [float("inf"), [1], "1 onerror=x"])
+def test_a_width_that_is_no_number_is_left_out(tmp_path, width):
+    about = {"image/png": {"alt": "a", "width": width}}
+    output = nbformat.v4.new_output("display_data", {"image/png": "AAAA"}, metadata=about)
+    cell = nbformat.v4.new_code_cell("1", execution_count=1, outputs=[output])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_odd.ipynb")
+    picture = BeautifulSoup(report_html(tmp_path), "html.parser").img
+    assert picture.attrs == {"alt": "a", "src": "data:image/png;base64,AAAA"}
