@@ -107,6 +107,7 @@ def _chapter(path: Path, stems: frozenset[str]) -> Chapter:
 def _with_words(notebook: Any) -> Any:
     """The notebook with outputs as print has them: a picture's text for those who do not see it, no live views."""
     notebook = nbformat.from_dict(notebook)
+    notebook.metadata.pop("widgets", None)
     for cell in (cell for cell in notebook.cells if cell.cell_type == "code"):
         for output in cell.outputs:
             data, metadata = output.get("data", {}), output.get("metadata", {})

@@ -267,3 +267,10 @@ def test_a_width_that_is_no_number_is_left_out(tmp_path, width):
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_odd.ipynb")
     picture = BeautifulSoup(report_html(tmp_path), "html.parser").img
     assert picture.attrs == {"alt": "a", "src": "data:image/png;base64,AAAA"}
+
+
+def test_the_state_of_live_views_is_not_looked_at(tmp_path):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A title")])
+    notebook.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": "<script>run()</script>"}
+    nbformat.write(notebook, tmp_path / "01_odd.ipynb")
+    assert "run()" not in report_html(tmp_path)
