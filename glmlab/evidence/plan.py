@@ -152,7 +152,7 @@ def choose(names: Sequence[str], plan: Sequence[Run] = PLAN) -> list[Run]:
         ['snapshot-chatglm3-6b-fp16-sdpa-static']
     """
     for name in names:
-        if not any(_fits(run, name) for run in plan):
+        if not name or not any(_fits(run, name) for run in plan):
             raise EvidenceError(f"no run has {name!r} in its name; 'glmlab evidence --list' shows them all.")
     return [run for run in plan if not names or any(_fits(run, name) for name in names)]
 

@@ -66,7 +66,7 @@ class ChatSession:
             ends where it is full. Without it the cache grows: a DynamicCache, or what a compiled model decodes with.
 
     Raises:
-        DecodeError: ``static_tokens`` below 1.
+        DecodeError: ``static_tokens`` below 1 or beyond the model's limit.
 
     Example:
         >>> from glmlab import load_model
@@ -114,8 +114,7 @@ class ChatSession:
     @property
     def context_limit(self) -> int:
         """Most tokens of context: what the model's positions reach, or the static cache where it is shorter."""
-        limit = context_limit(self.loaded.model.config)
-        return limit if self.static_tokens is None else min(limit, self.static_tokens)
+        return self.static_tokens or context_limit(self.loaded.model.config)
 
     @property
     def _said_limit(self) -> str:

@@ -397,7 +397,7 @@ def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
         static_tokens: a StaticCache of this length, compiled or not; without it that of a compiled model begins short.
 
     Raises:
-        DecodeError: a length below 1, or that is no whole number.
+        DecodeError: a length below 1, beyond the model's limit, or that is no whole number.
 
     Example:
         >>> from glmlab import load_model
@@ -409,6 +409,11 @@ def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
         raise DecodeError(f"static_tokens={static_tokens!r} is not a whole number of tokens. Give one, such as 4096.")
     if static_tokens is not None and static_tokens < 1:
         raise DecodeError(f"static_tokens={static_tokens}: a static cache holds at least one token.")
+    if static_tokens is not None and static_tokens > (limit := context_limit(config)):
+        raise DecodeError(
+            f"static_tokens={static_tokens}: the model's limit is {limit} tokens (max_position_embeddings), and a "
+            "cache would stay empty beyond it. Give at most that."
+        )
     if loaded.compiled is None and static_tokens is None:
         return DynamicCache(config=config)
     length = static_tokens or static_cache_tokens(1, context_limit(config), loaded.model.device)

@@ -11,6 +11,7 @@ Bandwidth and peak rate are a card's published figures (``data/gpus.csv``) or ar
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import pandas as pd
@@ -19,6 +20,7 @@ import torch
 from glmlab.errors import GlmlabError
 from glmlab.memory.workload import find_card
 from glmlab.models.loading import build_skeleton
+from glmlab.models.placement import find_device
 from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
 from glmlab.units import MIB
 
@@ -26,6 +28,7 @@ LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""
 
 _REPETITIONS = 7
+_ELEMENT_BYTES = 4  # of fp32, in which blocks are copied and summed
 _MATRIX = 1024  # side of the square matrices whose product measures the peak rate
 
 
@@ -68,6 +71,10 @@ def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LA
         block_bytes: bytes that are read at a time. A block as large as what one token reads counts the caches that a
             small model fits into; the default outgrows them.
 
+    Raises:
+        LoadError: no such device on this machine.
+        GlmlabError: a block without bytes.
+
     Example:
         >>> rates = measure_rates("cpu", block_bytes=2**20)
         >>> rates.bandwidth_bytes_per_s > 1e6 and rates.flops_per_s > 1e6
@@ -88,10 +95,17 @@ def measure_bandwidth(device: "str | torch.device" = "cpu", *, block_bytes: int 
     Args:
         device: "cpu" or a CUDA device.
         block_bytes: size of what is copied or summed.
+
+    Raises:
+        LoadError: no such device on this machine.
+        GlmlabError: a block without bytes.
     """
-    source = torch.ones(block_bytes // 4, device=device)
+    device = find_device(str(device))
+    if block_bytes < _ELEMENT_BYTES:
+        raise GlmlabError(f"block_bytes={block_bytes} moves nothing. Give at least {_ELEMENT_BYTES}, better some MiB.")
+    source = torch.ones(block_bytes // _ELEMENT_BYTES, device=device)
     target = torch.empty_like(source)
-    n_bytes = source.numel() * 4
+    n_bytes = source.numel() * _ELEMENT_BYTES
     copied = 2 * n_bytes / _fastest_s(lambda: target.copy_(source), device)
     read = n_bytes / _fastest_s(source.sum, device)
     return max(copied, read)
@@ -143,7 +157,7 @@ def roofline(
         "operations").
 
     Raises:
-        GlmlabError: an unknown precision.
+        GlmlabError: an unknown precision, a context below 0, or rates that are not above 0.
 
     Example:
         >>> from glmlab.models.checkpoints import find_config
@@ -153,6 +167,13 @@ def roofline(
         >>> floor["limited_by"].tolist(), floor["floor_ms"].round(1).tolist()
         (['bytes', 'bytes'], [11.9, 12.1])
     """
+    if wrong := [context for context in contexts if not 0 <= context < inf]:
+        raise GlmlabError(f"context {wrong[0]} is no number of cached tokens. Give 0 or more.")
+    if not all(0 < rate < inf for rate in (rates.bandwidth_bytes_per_s, rates.flops_per_s or 1.0)):
+        raise GlmlabError(
+            f"the rates of {rates.device} ({rates.bandwidth_bytes_per_s} B/s, {rates.flops_per_s} operations/s) are "
+            "not above 0. Measure them with measure_rates(), or give flops_per_s=None where nobody says."
+        )
     dtype = dtype or FLOAT_PRECISIONS.get(precision, torch.float16)
     skeleton = build_skeleton(config)
     weight_bytes = _weight_bytes(skeleton, precision, dtype)

@@ -120,6 +120,8 @@ def test_runs_are_chosen_by_a_part_of_their_name() -> None:
     assert choose([]) == list(PLAN)
     assert {run.precision for run in choose(["int4", "int8"])} == {"int4", "int8"}
     assert {run.kind for run in choose(["snapshot-*"])} == {"snapshot"}
+    with pytest.raises(EvidenceError, match=r"no run has '' in its name"):
+        choose([""])
     with pytest.raises(EvidenceError, match=r"no run has 'int2' in its name; 'glmlab evidence --list' shows"):
         choose(["int4", "int2"])
 

@@ -244,15 +244,10 @@ class TestStaticCache:
         with pytest.raises(ContextFullError, match=r"have \d+ tokens, but the static cache's limit is 64 tokens"):
             session.restore([("Hello", [5] * 70)])
 
-    def test_the_models_limit_holds_in_a_longer_cache(self, embedded, monkeypatch):
-        monkeypatch.setattr(embedded.model.config, "max_position_embeddings", 64)
-        session = ChatSession(embedded, static_tokens=100)
-        assert _last(session.say("Tell me a long story.")).context_tokens == session.context_limit == 64
-        with pytest.raises(ContextFullError, match="the model's limit is 64 tokens"):
-            session.say("And then?")
-
-    def test_a_length_below_one_is_refused(self, embedded):
+    def test_a_length_that_cannot_be_is_refused(self, embedded):
         with pytest.raises(DecodeError, match="static_tokens=0: a static cache holds at least one token"):
             ChatSession(embedded, static_tokens=0)
+        with pytest.raises(DecodeError, match=r"static_tokens=1000000000000: the model's limit is \d+ tokens"):
+            ChatSession(embedded, static_tokens=10**12)
         with pytest.raises(DecodeError, match=r"static_tokens=1.5 is not a whole number of tokens. Give one"):
             ChatSession(embedded, static_tokens=1.5)

@@ -91,3 +91,25 @@ class TestCards:
         monkeypatch.setattr("glmlab.latency.roofline.find_card", lambda name: card)
         with pytest.raises(GlmlabError, match=r"data/gpus.csv has no bandwidth of Old"):
             card_rates("Old")
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("context", [-1, float("nan"), float("inf")])
+    def test_a_context_that_is_none(self, chatglm3, context):
+        with pytest.raises(GlmlabError, match="is no number of cached tokens. Give 0 or more"):
+            roofline(chatglm3, UNIT, precision="fp16", contexts=[10, context])
+
+    @pytest.mark.parametrize(("bandwidth", "flops"), [(0.0, 1.0), (-1.0, None), (1.0, float("nan"))])
+    def test_rates_that_move_nothing(self, chatglm3, bandwidth, flops):
+        with pytest.raises(GlmlabError, match=r"the rates of broken .* are not above 0. Measure them"):
+            roofline(chatglm3, Rates("broken", bandwidth, flops, ""), precision="fp16", contexts=[10])
+
+    def test_a_device_that_is_not_here(self):
+        with pytest.raises(GlmlabError, match="device='foo' is not known"):
+            measure_rates("foo")
+        with pytest.raises(GlmlabError, match="device='meta' is not supported"):
+            measure_bandwidth("meta")
+
+    def test_an_empty_block(self):
+        with pytest.raises(GlmlabError, match="block_bytes=0 moves nothing. Give at least 4"):
+            measure_bandwidth("cpu", block_bytes=0)
