@@ -64,6 +64,7 @@ def _ask() -> str | None:
     try:
         return input("you: ").strip()
     except EOFError:
+        typer.echo()  # the shell's next prompt begins a line of its own
         return None
 
 

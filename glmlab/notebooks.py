@@ -260,5 +260,5 @@ def _where(notebook: Any, source: Path) -> str:
 
 def _cause(error: Exception) -> str:
     if isinstance(error, CellExecutionError):
-        return f"{error.ename}: {error.evalue}".rstrip(".")
+        return f"{error.ename}: {error.evalue}".rstrip(": .")  # a bare assert has no message
     return str(error).splitlines()[0].rstrip(".") or type(error).__name__

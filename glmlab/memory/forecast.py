@@ -175,7 +175,7 @@ def cuda_context(workload: Workload) -> tuple[float, str]:
         if card.cuda_context_mib is not None:
             return card.cuda_context_mib, f"{card.name}: {card.source}"
     of_card = f"none is known for {find_card(workload.card).name}" if workload.card else "no card is given"
-    return ASSUMED_CONTEXT_MIB, f"assumed, {of_card}: an RTX 4060's figure; give cuda_context_mib to change it"
+    return ASSUMED_CONTEXT_MIB, f"assumed, {of_card}: an RTX 4060's figure; name a card for its own"
 
 
 def largest_context(workload: Workload, card: str) -> Capacity:
