@@ -169,13 +169,18 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
                 axes.barh(row, ms, left=left, height=0.6, **_bar_look(PART_LOOKS[part]))
                 left += ms
             ends.append(axes.text(left, row, tr(" {ms:.2f} ms", ms=left), va="center", fontsize=pt(8)))
-            largest = parts.iloc[int(parts["ms"].argmax())]
+            shares = [
+                tr("{part} {share:.0%}", part=tr(part), share=ms / left)
+                for part, ms in zip(parts["part"], parts["ms"], strict=True)
+            ]
             words.append(
                 tr(
-                    "{name}: {ms:.2f} ms, most of it {part} ({share:.0%})",
-                    name=tr_label(str(name)), ms=left, part=tr(largest["part"]), share=largest["ms"] / left,
+                    "{name}: {ms:.2f} ms, of which {shares}",
+                    name=tr_label(str(name)),
+                    ms=left,
+                    shares=", ".join(shares),
                 )
-            )  # fmt: skip
+            )
         axes.set_yticks(range(len(names)), [tr_label(str(name)) for name in names])
         axes.invert_yaxis()
         axes.set_axisbelow(True)
