@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "glmlab"
 
 LAYERS = (  # lowest first; a module may import from its own layer and those before it
-    ("errors", "units", "resources"),
+    ("errors", "units", "resources", "environment"),
     ("models",),
     ("generation",),
     ("memory",),

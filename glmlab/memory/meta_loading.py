@@ -8,7 +8,6 @@ weights lie in one segment.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from glmlab.environment import environment_variable
 from glmlab.memory.allocation_recorder import META, AllocationRecorder
 from glmlab.memory.allocation_trace import WARM_UP, TraceError
 from glmlab.models.loading import (
@@ -87,7 +87,8 @@ def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, store
     names = dict.fromkeys(model.state_dict(), META)
     warm_up_bytes = int(get_total_byte_count(model, names, quantizer)[META]) // 2 * 2
     recorder.temporary(WARM_UP, warm_up_bytes)
-    with _quantising_on_meta(), _one_thread():
+    # in this thread alone: the recorder does not see others, and the order is then that of the names
+    with _quantising_on_meta(), environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
         load_config = LoadStateDictConfig(
             device_map=device_map,
             dtype=dtype,
@@ -163,21 +164,6 @@ def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model, device_map={"": META}, dtype=dtype)
     return quantizer
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Load in this thread alone: the recorder does not see others, and the order is then that of the names."""
-    name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 @contextlib.contextmanager

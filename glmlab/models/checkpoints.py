@@ -36,7 +36,11 @@ def find_checkpoint(name: str) -> Path:
     else:
         raise CheckpointError(
             f"{name!r} is neither 'embedded', nor an existing folder, nor a hub id such as 'zai-org/chatglm3-6b'. "
-            "Check the spelling of the path."
+            + (
+                "Its config is known here, its weights are not: give the hub id, or weights='random'."
+                if name.lower() in known_configs()
+                else "Check the spelling of the path."
+            )
         )
     try:
         check_checkpoint(folder)

@@ -19,16 +19,16 @@ Where compiling fails, decoding goes on in eager mode, and a :class:`CompileWarn
 """
 
 import contextlib
-import os
 import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
+
+from glmlab.environment import environment_variable
 
 CACHE_STEP_TOKENS = 256
 """Length of the shortest static cache; longer ones are multiples of it, on CUDA powers of two."""
@@ -91,7 +91,7 @@ class CompiledForward:
             if self._on_cuda:
                 torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             try:
-                with contextlib.nullcontext() if self._on_cuda else _shared_heads():
+                with contextlib.nullcontext() if self._on_cuda else environment_variable(_SHARED_HEADS, "1"):
                     return self._forward(**inputs)
             except torch._dynamo.exc.TorchDynamoException as error:  # compiling precedes running: nothing is done
                 self._give_up(_cause(error))
@@ -161,20 +161,6 @@ def make_room(cache: StaticCache, tokens: int, limit: int, device: torch.device)
             layer.lazy_initialization(keys, values)
             layer.keys[:, :, : keys.shape[2]] = keys
             layer.values[:, :, : values.shape[2]] = values
-
-
-@contextlib.contextmanager
-def _shared_heads() -> Iterator[None]:
-    """Have transformers leave keys and values of shared heads as they are, while the context lasts."""
-    before = os.environ.get(_SHARED_HEADS)
-    os.environ[_SHARED_HEADS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_SHARED_HEADS, None)
-        else:
-            os.environ[_SHARED_HEADS] = before
 
 
 def _cause(error: BaseException) -> str:

@@ -50,7 +50,8 @@ def test_every_config_names_its_model():
     ("name", "message"),
     [
         ("no/such/folder", "'no/such/folder' is neither 'embedded', nor an existing folder, nor a hub id"),
-        ("misspelt", "'misspelt' is neither 'embedded'"),
+        ("misspelt", "'misspelt' is neither 'embedded'.*Check the spelling of the path"),
+        ("chatglm3-6b", "Its config is known here, its weights are not: give the hub id, or weights='random'"),
     ],
 )
 def test_unknown_names_are_refused(name, message):
