@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from glmlab.figures.settings import FigureError, pt, tr, tr_label
 from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, legend_below, most_ticks, wrapped
@@ -292,11 +292,17 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Logarithmic scales with plain numbers; lengths double from mark to mark."""
+    """Logarithmic scales of what is drawn, with plain numbers; lengths double from mark to mark.
+
+    Where times span less than two powers of ten, 2 and 5 have their marks, too.
+    """
     axes.set_yscale("log")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(_PLAIN)
+    least, most = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
     axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _polling_look(answers: bool) -> dict[str, Any]:
