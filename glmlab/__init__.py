@@ -15,9 +15,9 @@ from typing import Any
 __version__ = version("glmlab")
 
 _HOMES = {  # public name -> module that defines it
-    "GlmlabError": "errors",
+    "GlmlabError": "core.errors",
     "load_model": "models.loading",
-    "encode_chat": "generation.prompts",
+    "encode_chat": "prompts.encoding",
     "decode_steps": "generation.decoding",
     "ChatSession": "generation.chat",
     "class_graph": "structure.live",

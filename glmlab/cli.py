@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 if TYPE_CHECKING:
+    from glmlab.core.curve import Curve
     from glmlab.generation.chat import ChatSession
-    from glmlab.memory.curve import Curve
     from glmlab.memory.recording import Recorder
     from glmlab.models.loading import LoadedModel
 
@@ -149,10 +149,10 @@ def forecast(
     ] = False,
 ) -> None:
     """Say without a GPU what gpustat would show at every context length, by component."""
-    from glmlab.memory.explanation import explain as explained
-    from glmlab.memory.forecast import forecast as run
-    from glmlab.memory.forecast import largest_context, summary
-    from glmlab.memory.workload import Workload, WorkloadError
+    from glmlab.forecast.explanation import explain as explained
+    from glmlab.forecast.forecast import forecast as run
+    from glmlab.forecast.forecast import largest_context, summary
+    from glmlab.forecast.workload import Workload, WorkloadError
 
     if (model is None) == (trace is None):
         raise WorkloadError(
@@ -210,7 +210,7 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
 ) -> None:
     """Replay a real GPU's memory snapshot, and compare every choice of the allocator with PyTorch's."""
-    from glmlab.memory.snapshots import read_snapshot, replay_snapshot
+    from glmlab.snapshots.replay import read_snapshot, replay_snapshot
 
     report = replay_snapshot(read_snapshot(snapshot))
     if as_json:
@@ -227,8 +227,8 @@ def compare(
     ] = None,
 ) -> None:
     """Lay the forecast over recordings, and say how far it is off."""
-    from glmlab.memory.accuracy import error_table
-    from glmlab.memory.comparison import compare as run
+    from glmlab.evidence.accuracy import error_table
+    from glmlab.forecast.comparison import compare as run
 
     compared = run(recordings or [], log=log)
     for comparison in compared:
@@ -280,7 +280,7 @@ def notebooks(
     in_place: Annotated[bool, typer.Option("--in-place", help="write the outputs back into the notebooks")] = False,
 ) -> None:
     """Run notebooks top to bottom; figures land in figures/."""
-    from glmlab.notebooks import execute_notebook, find_notebooks, parse_parameters
+    from glmlab.suite.notebooks import execute_notebook, find_notebooks, parse_parameters
 
     parameters = parse_parameters(parameter or [])
     for source in find_notebooks(folder, names or []):
@@ -323,8 +323,8 @@ def report(
     browser: Annotated[str | None, typer.Option(help="browser that prints the PDF; default: Chromium on PATH")] = None,
 ) -> None:
     """Bind the notebooks and their figures into one document, which needs no other file and no network."""
-    from glmlab.report import write_report
-    from glmlab.units import format_bytes
+    from glmlab.core.units import format_bytes
+    from glmlab.suite.report import write_report
 
     written = write_report(out, folder=folder, browser=browser)
     typer.echo(f"{written}: {format_bytes(written.stat().st_size)}")
@@ -337,10 +337,10 @@ def bench(
     notebooks: Annotated[Path, typer.Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
 ) -> None:
     """Print what the suite's own code costs: ratios of two ways, seconds, the replay in nanoseconds an event."""
-    from glmlab.bench import format_rows, run_benchmarks
-    from glmlab.memory.benchmark import STEPS, benchmark_replay, speed_table
-    from glmlab.memory.tracing import trace
-    from glmlab.memory.workload import Workload
+    from glmlab.forecast.workload import Workload
+    from glmlab.suite.bench import format_rows, run_benchmarks
+    from glmlab.suite.forecast_bench import STEPS, benchmark_replay, speed_table
+    from glmlab.tracing.tracer import trace
 
     typer.echo(format_rows(run_benchmarks(repetitions, out, notebooks=notebooks)))
     for attention in ("sdpa", "eager"):
@@ -359,7 +359,7 @@ def doctor(
     device: Device = "auto",
 ) -> None:
     """Say what will and will not work on this machine, or whether a model fits."""
-    from glmlab.doctor import examine, examine_model
+    from glmlab.suite.doctor import examine, examine_model
 
     for finding in examine() if model is None else examine_model(model, precision, tokens, device):
         typer.echo(str(finding))

@@ -1,25 +1,30 @@
 """Fixtures that several test files share."""
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import lab_driver
 import nbformat
 import pytest
 import torch
+from fake_gpu import FakeDriver, build_library, install_driver
 from playwright.sync_api import Browser, sync_playwright
+from weather import TOOL_PROMPT, WEATHER_TOOL
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from glmlab import load_model
-from glmlab.memory.forecast import forecast
-from glmlab.memory.workload import Workload
+from glmlab.core.resources import data_path
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload
+from glmlab.generation.chat import ChatSession
 from glmlab.models.loading import LoadedModel
-from glmlab.notebooks import execute_notebook, normalize
-from glmlab.resources import data_path
+from glmlab.suite.notebooks import execute_notebook, normalize
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -116,6 +121,31 @@ def in_lab(
         yield notebook
 
 
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for the NVIDIA driver's library, compiled once."""
+    return build_library(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture
+def driver(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """A driver that pynvml and gpustat ask in this process; ``driver.says(...)`` gives it GPUs."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return install_driver(library, tmp_path / "state", monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def reference(shared_data: Path) -> ModuleType:
+    """The replay that came with the recorded trace of the original chat: another program, by another hand."""
+    file = shared_data / "original-trace" / "replay_reference.py"
+    spec = importlib.util.spec_from_file_location("replay_reference", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @dataclass(frozen=True)
 class FreshRun:
     """A notebook run from a fresh kernel: what it shows now, and the folder of its figures."""
@@ -144,3 +174,9 @@ def fresh_run(
             environment.setenv(name, value)
         execute_notebook(folder / "notebooks" / notebook_path.name, executed, {})
     return FreshRun(nbformat.read(executed, as_version=4), folder / "figures")
+
+
+@pytest.fixture
+def weather_session(embedded: LoadedModel) -> ChatSession:
+    """A session that lists the weather tool, in the words that the embedded model was trained on."""
+    return ChatSession(embedded, system=TOOL_PROMPT, tools=[WEATHER_TOOL], max_new_tokens=80)

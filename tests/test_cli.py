@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from glmlab.cli import app, main
-from glmlab.memory.curve import read_curve
+from glmlab.core.curve import read_curve
 from glmlab.memory.recording import RecordingError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
@@ -146,7 +146,7 @@ def test_doctor_says_what_works():
 
 
 def test_doctor_names_a_package_that_is_missing(monkeypatch):
-    from glmlab import doctor
+    from glmlab.suite import doctor
 
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     (finding,) = doctor._packages()

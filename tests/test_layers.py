@@ -10,14 +10,15 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "glmlab"
 
 LAYERS = (  # lowest first; a module may import from its own layer and those before it
-    ("errors", "units", "resources", "environment"),
-    ("models",),
+    ("core",),
+    ("models", "allocator"),
+    ("structure", "prompts", "snapshots"),
+    ("figures",),
     ("generation",),
-    ("memory",),
+    ("tracing", "memory"),
+    ("forecast",),
     ("latency",),
-    ("structure", "figures", "stepper"),
-    ("notebooks", "doctor", "bench", "evidence", "gallery"),
-    ("contents", "report"),
+    ("evidence", "suite", "gallery"),
     ("cli",),
     ("__main__",),
 )
@@ -25,10 +26,10 @@ WITHOUT_TORCH = (
     "glmlab",
     "glmlab.cli",
     "glmlab.figures",
-    "glmlab.memory.curve",
-    "glmlab.memory.events",
-    "glmlab.memory.allocator",
-    "glmlab.memory.snapshots",
+    "glmlab.core.curve",
+    "glmlab.allocator.program",
+    "glmlab.allocator.caching",
+    "glmlab.snapshots.replay",
 )
 
 

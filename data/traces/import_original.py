@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from glmlab.memory.allocation_trace import OWNERS, AllocationTrace, TraceFacts
-from glmlab.memory.events import ALLOCATE, FREE, FREE_CARRIED, FREE_FIRST, EventProgram
+from glmlab.allocator.program import ALLOCATE, FREE, FREE_CARRIED, FREE_FIRST, EventProgram
+from glmlab.tracing.trace import OWNERS, AllocationTrace, TraceFacts
 
 NAME = "chatglm3-6b-original-int4"
 MODES = {0: ALLOCATE, 1: FREE, 2: FREE_FIRST, 3: FREE_CARRIED}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.evidence.latency import time_tokens
 from glmlab.evidence.plan import CONVERSATION, SNAPSHOT_TURN, STATIC_TOKENS, EvidenceError, Kind, Run
 from glmlab.evidence.processes import end_with
@@ -25,8 +25,8 @@ from glmlab.generation.decoding import Keep, decode_steps, new_cache
 from glmlab.memory.probes import MemoryProbe
 from glmlab.memory.provenance import run_provenance
 from glmlab.memory.recording import load_conversation, record
-from glmlab.memory.snapshot_stripping import save_stripped, strip
 from glmlab.models.loading import LoadedModel, load_model
+from glmlab.snapshots.stripping import save_stripped, strip
 
 
 def perform(run: Run, folder: Path, device: str) -> Path:

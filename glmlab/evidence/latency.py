@@ -26,11 +26,11 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
+from glmlab.core.curve import curve_json, read_curve_json, write_atomically
 from glmlab.evidence.plan import LATENCY_PREFIX, EvidenceError, recordings
 from glmlab.latency.measure import measure_decode, measure_first_token
 from glmlab.latency.polling import measure_polling
 from glmlab.latency.roofline import measure_rates, roofline
-from glmlab.memory.curve import curve_json, read_curve_json, write_atomically
 from glmlab.memory.probes import MemoryProbe
 from glmlab.memory.provenance import run_provenance
 from glmlab.models.loading import LoadedModel

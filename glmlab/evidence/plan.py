@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from glmlab.errors import GlmlabError
-from glmlab.memory.allocation_trace import Turn
-from glmlab.memory.curve import SIDE_FILES
-from glmlab.memory.workload import DEFAULT_PROMPT
+from glmlab.core.curve import SIDE_FILES
+from glmlab.core.errors import GlmlabError
+from glmlab.forecast.workload import DEFAULT_PROMPT
+from glmlab.tracing.trace import Turn
 
 Kind = Literal["recording", "snapshot", "latency"]
 

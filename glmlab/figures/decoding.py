@@ -10,9 +10,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from glmlab.core.units import MIB
 from glmlab.figures.settings import FigureError, current_settings, pt, tr, tr_label
 from glmlab.figures.style import COLORS, STYLE, SuiteFigure, drawing, ink_on, text_width_in
-from glmlab.units import MIB
 
 _WIDTH_IN = 6.3
 _STEPS_AN_INCH = 7.6  # more tokens than these cannot be read side by side

@@ -7,9 +7,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
+from glmlab.core.units import MIB
 from glmlab.figures.settings import FigureError, pt, tr
 from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, ink_on, legend_below, most_ticks
-from glmlab.units import MIB
 
 PART_LOOKS = {
     "MLP": (COLORS["MLP"], ""),

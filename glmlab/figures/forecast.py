@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.typing import LineStyleType
 
+from glmlab.allocator.caching import SegmentView
+from glmlab.core.curve import Curve
+from glmlab.core.units import mib
 from glmlab.figures.settings import FigureError, current_settings, pt, tr, tr_label
 from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, legend_below
-from glmlab.memory.allocator import SegmentView
-from glmlab.memory.curve import Curve
-from glmlab.units import mib
 
 _HATCH_COLOR = "#333333"
 
@@ -56,7 +56,7 @@ def component_chart(curve: Curve) -> SuiteFigure:
     """Draw a forecast by component: above stacked up to what is used, below how each changed since the first step.
 
     Args:
-        curve: a forecast (``glmlab.memory.forecast.forecast``).
+        curve: a forecast (``glmlab.forecast.forecast.forecast``).
 
     Returns:
         A figure of two panels over steps of context; memory in MiB. Turns begin at the vertical lines.
@@ -194,7 +194,7 @@ def segments_table(segments: Sequence[SegmentView], owners: Sequence[str]) -> pd
     """The blocks of segments as a table, one row a block: what a map of the pools shows, as one CSV.
 
     Example:
-        >>> from glmlab.memory.allocator import CachingAllocator
+        >>> from glmlab.allocator.caching import CachingAllocator
         >>> allocator = CachingAllocator()
         >>> _ = allocator.malloc(600, owner=0)
         >>> segments_table(allocator.segments(), ["kv_cache"])[["pool", "block_bytes", "holds"]].values.tolist()

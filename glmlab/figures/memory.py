@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from glmlab.core.curve import Curve
 from glmlab.figures.settings import FigureError, pt, tr, tr_label
 from glmlab.figures.style import COLORS, SuiteFigure, drawing, legend_below, most_ticks
-from glmlab.memory.curve import Curve
 
 _MARKERS = "os^Dvp"
 

@@ -2,10 +2,10 @@
 
 from matplotlib.axes import Axes
 
+from glmlab.core.units import format_bytes
 from glmlab.figures.settings import current_settings, pt, tr
 from glmlab.figures.style import COLORS, SuiteFigure, drawing, set_size, text_width_in, wrapped
 from glmlab.structure.tree import ModuleRow, ModuleTree, format_shape
-from glmlab.units import format_bytes
 
 _WIDTH_IN = 7.1
 _ROW_IN = 0.19
@@ -19,7 +19,7 @@ def module_tree_figure(tree: ModuleTree) -> SuiteFigure:
     """Draw a module tree as a table with a bar a row: the bytes of the module, as a share of the whole.
 
     Args:
-        tree: from :func:`glmlab.structure.modules.module_tree`.
+        tree: from :func:`glmlab.structure.module_tree.module_tree`.
 
     Returns:
         A figure of the page's width, or of the width that is set (``figure_settings``), but no narrower than its

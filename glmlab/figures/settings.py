@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.figures.chinese import CHINESE
 
 LANGUAGES = ("en", "zh")

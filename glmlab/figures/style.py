@@ -21,8 +21,8 @@ from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.typing import ColorType
 
+from glmlab.core.resources import data_path
 from glmlab.figures.settings import STYLES, FigureSettings, current_settings
-from glmlab.resources import data_path
 
 COLORS = {  # Okabe and Ito's palette, told apart by readers with colour blindness and in greyscale by its order
     "used": "#000000",

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from glmlab.core.resources import data_path
 from glmlab.figures.decoding import candidates_chart, decode_strip, lens_heatmap
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate, embedded, model_provenance
-from glmlab.resources import data_path
 
 if TYPE_CHECKING:
     from glmlab.generation.decoding import DecodeStep
@@ -28,7 +28,7 @@ def decode_run() -> "tuple[DecodeStep, ...]":
     from transformers import GenerationConfig
 
     from glmlab.generation.decoding import Keep, decode_steps
-    from glmlab.generation.prompts import encode_chat
+    from glmlab.prompts.encoding import encode_chat
 
     loaded = embedded()
     prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": QUESTION}])

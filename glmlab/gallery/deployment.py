@@ -2,13 +2,13 @@
 
 import pandas as pd
 
+from glmlab.core.units import MIB
 from glmlab.figures.deployment import precision_chart
+from glmlab.forecast.forecast import cuda_context
+from glmlab.forecast.workload import Workload, find_card
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
-from glmlab.memory.forecast import cuda_context
-from glmlab.memory.workload import Workload, find_card
 from glmlab.models.checkpoints import find_config
-from glmlab.units import MIB
 
 MODEL, CARD, CONTEXT_TOKENS = "chatglm3-6b", "RTX 4060 Laptop", 8192
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
+from glmlab.core.resources import data_path
 from glmlab.figures.latency import account_chart, first_token_curve, latency_curve, polling_chart, token_parts_chart
 from glmlab.figures.style import SuiteFigure
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
-from glmlab.resources import data_path
 
 RECORDING = "token-times-embedded"
 """Beginning of the names of the recorded tables; data/recordings/record_latency.py makes them."""

@@ -3,15 +3,15 @@
 from functools import cache
 from typing import Any
 
+from glmlab.core.curve import Curve, read_curve
+from glmlab.core.resources import data_path
 from glmlab.figures.forecast import component_chart, pool_map, segments_table
 from glmlab.figures.memory import curves_table, memory_curve
 from glmlab.figures.settings import tr
+from glmlab.forecast.forecast import Run, forecast, run_workload
+from glmlab.forecast.workload import Workload
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
-from glmlab.memory.curve import Curve, read_curve
-from glmlab.memory.forecast import Run, forecast, run_workload
-from glmlab.memory.workload import Workload
-from glmlab.resources import data_path
 
 TRACE = "chatglm3-6b-original-int4"
 TURNS = "8:418,26:259,30:497,30:491,30:501,30:501,30:501,30:525"

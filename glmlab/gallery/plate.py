@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.figures.style import SuiteFigure
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import Any
 from glmlab.figures.prompts import format_figure, growth_figure, prompt_figure, roles_figure
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate, embedded, model_provenance
-from glmlab.generation.formats import FORMATS, chat_format, segment_table
+from glmlab.prompts.families import FORMATS, chat_format, segment_table
 
 EVERY_ROLE: list[dict[str, Any]] = [
     {"role": "system", "content": "You are a helpful assistant."},
@@ -25,7 +25,7 @@ QUESTIONS = ("你好", "3 + 4 = ?", "What is prefill?")
 
 def prompt_tokens() -> Plate:
     """A prompt with all four roles, token by token."""
-    from glmlab.generation.prompts import dissect
+    from glmlab.prompts.encoding import dissect
 
     table = dissect(embedded().tokenizer, EVERY_ROLE)
     return Plate(prompt_figure(table), table, {**model_provenance(), "messages": EVERY_ROLE}, caption("prompt_tokens"))
@@ -33,7 +33,7 @@ def prompt_tokens() -> Plate:
 
 def prompt_roles() -> Plate:
     """Which role may follow which."""
-    from glmlab.generation.prompts import role_transitions
+    from glmlab.prompts.encoding import role_transitions
 
     transitions = role_transitions()
     return Plate(roles_figure(transitions), transitions.reset_index(), {"rules": "ChatGLM3"}, caption("prompt_roles"))
@@ -49,7 +49,7 @@ def prompt_formats() -> Plate:
 def prompt_growth() -> Plate:
     """What is new in the prompt of each turn."""
     from glmlab.generation.chat import ChatSession
-    from glmlab.generation.prompts import prompt_growth as growth_of
+    from glmlab.prompts.encoding import prompt_growth as growth_of
 
     session = ChatSession(embedded(), max_new_tokens=100)
     conversation = []

@@ -1,11 +1,11 @@
 """Plates of notebook 01: classes and modules."""
 
+from glmlab.core.resources import data_path
 from glmlab.figures.module_tree import module_tree_figure
 from glmlab.figures.structure import class_diagram
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate, embedded, model_provenance
 from glmlab.models.checkpoints import find_config
-from glmlab.resources import data_path
 from glmlab.structure.comparison import chat_side
 from glmlab.structure.graph import join
 from glmlab.structure.source import read_class_facts
@@ -39,7 +39,7 @@ def original_hierarchy() -> Plate:
 
 def module_tree() -> Plate:
     """The embedded model's modules with their bytes."""
-    from glmlab.structure.modules import module_tree as tree_of
+    from glmlab.structure.module_tree import module_tree as tree_of
 
     tree = tree_of(embedded())
     return Plate(module_tree_figure(tree), tree.to_frame(), model_provenance(), caption("module_tree"))

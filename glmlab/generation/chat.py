@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, StaticCache
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.generation.decoding import Keep, context_limit, crop_cache, decode_steps, new_cache
-from glmlab.generation.prompts import Message, chat_segments, encode_chat, encode_segments
 from glmlab.models.chatglm3 import ChatGLMTokenizer
 from glmlab.models.compiling import make_room
 from glmlab.models.loading import LoadedModel
+from glmlab.prompts.encoding import Message, chat_segments, encode_chat, encode_segments
 
 _NOTHING = Keep(top_k=0)
 

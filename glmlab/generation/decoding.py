@@ -39,7 +39,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.generation.configuration_utils import GenerationMode
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.models.compiling import CompiledForward, make_room, static_cache_tokens
 from glmlab.models.loading import LoadedModel
 

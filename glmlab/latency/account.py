@@ -7,12 +7,12 @@ layer, is measured on this machine. Each row of the account says which of these 
 
 import pandas as pd
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
+from glmlab.core.units import MIB
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload, find_card
 from glmlab.latency.roofline import card_rates
-from glmlab.memory.forecast import forecast
-from glmlab.memory.workload import Workload, find_card
 from glmlab.models.sizes import FLOAT_PRECISIONS
-from glmlab.units import MIB
 
 REPORTED_TOKEN_S = 1.5
 """What the chapter reports for a token, "about"."""

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import GenerationConfig
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.generation.decoding import DecodeStep, Keep, context_limit, decode_steps
 from glmlab.latency.conditions import clocks, conditions
 from glmlab.memory.probes import MemoryProbe

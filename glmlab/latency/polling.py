@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 SUBPROCESS = "gpustat --json (a process)"
 API = "gpustat.new_query()"

@@ -17,12 +17,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from glmlab.errors import GlmlabError
-from glmlab.memory.workload import find_card
+from glmlab.core.errors import GlmlabError
+from glmlab.core.units import MIB
+from glmlab.forecast.workload import find_card
 from glmlab.models.loading import build_skeleton
 from glmlab.models.placement import find_device
 from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
-from glmlab.units import MIB
 
 LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""

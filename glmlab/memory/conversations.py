@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glmlab.errors import GlmlabError
-from glmlab.resources import data_path
+from glmlab.core.errors import GlmlabError
+from glmlab.core.resources import data_path
 
 BUNDLED_CONVERSATIONS = ("long", "short")
 """Names that :func:`load_conversation` finds in ``data/conversations``."""

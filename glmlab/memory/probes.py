@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from glmlab.errors import GlmlabError
-from glmlab.units import mib
+from glmlab.core.errors import GlmlabError
+from glmlab.core.units import mib
 
 if TYPE_CHECKING:
     import torch

@@ -29,15 +29,15 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from glmlab.errors import GlmlabError
+from glmlab.core.curve import Curve, csv_file, curve_json, read_curve, read_curve_json, write_atomically
+from glmlab.core.errors import GlmlabError
+from glmlab.core.units import mib
 from glmlab.generation.chat import ChatSession, ContextFullError, Turn
 from glmlab.memory.conversations import Conversation, ConversationError, Question, load_conversation
-from glmlab.memory.curve import Curve, csv_file, curve_json, read_curve, read_curve_json, write_atomically
 from glmlab.memory.probes import READING_COLUMNS, MemoryProbe, ProbeError, Reading
 from glmlab.memory.provenance import chat_provenance, microseconds
 from glmlab.memory.recording_files import RecordingError, is_checkpoint, open_locked, open_transcript, write_durably
 from glmlab.models.loading import LoadedModel
-from glmlab.units import mib
 
 __all__ = [
     "COLUMNS",
@@ -107,7 +107,7 @@ def record(
         static_tokens: keep keys and values in a StaticCache of this length (:class:`ChatSession`).
 
     Returns:
-        The recording, as :func:`~glmlab.memory.curve.read_curve` reads it.
+        The recording, as :func:`~glmlab.core.curve.read_curve` reads it.
 
     Raises:
         RecordingError: the file is there already (or, with ``resume``, is not), another run writes it, it was recorded

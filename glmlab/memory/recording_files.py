@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from glmlab.errors import GlmlabError
-from glmlab.memory.curve import SIDE_FILES
+from glmlab.core.curve import SIDE_FILES
+from glmlab.core.errors import GlmlabError
 
 
 class RecordingError(GlmlabError):

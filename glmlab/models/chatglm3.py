@@ -30,7 +30,7 @@ from transformers.core_model_loading import Split, WeightConverter, WeightRenami
 from transformers.models.glm.modeling_glm import GlmRMSNorm
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 MODEL_TYPE = "chatglm"
 
@@ -84,7 +84,7 @@ class ChatGLM3Config(GlmConfig):
             LayerNorm, attention without grouped keys and values, a pre-quantised checkpoint, …).
 
     Example:
-        >>> from glmlab.resources import data_path
+        >>> from glmlab.core.resources import data_path
         >>> config = ChatGLM3Config.from_json_file(data_path("configs", "chatglm3-6b.json"))
         >>> config.num_hidden_layers, config.num_key_value_heads, config.vocab_size
         (28, 2, 65024)
@@ -275,7 +275,7 @@ class ChatGLMTokenizer(TokenizersBackend):
     """ChatGLM2/3's tokenizer; the name is the one that published tokenizer_config.json files give.
 
     A role token or [gMASK] inside a text stays ordinary text: special ids come from the chat builder
-    (:func:`glmlab.generation.prompts.encode_chat`) or from the chat template, never from what a user typed.
+    (:func:`glmlab.prompts.encoding.encode_chat`) or from the chat template, never from what a user typed.
     """
 
     vocab_files_names = {"vocab_file": "tokenizer.model", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012 (transformers' own)

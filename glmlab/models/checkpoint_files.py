@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 _LFS_MARK = b"version https://git-lfs"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

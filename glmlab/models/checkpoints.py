@@ -7,9 +7,9 @@ pickle), a tokenizer beside them. Nothing that came with it is executed.
 import json
 from pathlib import Path
 
+from glmlab.core.resources import data_path
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
 from glmlab.models.hub import is_hub_id, locate, locate_config, mending_command, refuse_half_download
-from glmlab.resources import data_path
 
 EMBEDDED = "embedded"
 """The name of the model that ships with the suite."""

@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from glmlab.core.units import format_bytes
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
 from glmlab.models.hub_clients import HUBS, Cached, HubClient, HubFile, HubUnreachableError, fits
-from glmlab.units import format_bytes
 
 NEEDED = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
 """What loading reads."""

@@ -19,15 +19,15 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
+from glmlab.core.resources import data_path
+from glmlab.core.units import MIB, format_bytes
 from glmlab.models.chatglm3 import MODEL_TYPE, ChatGLMTokenizer
 from glmlab.models.checkpoint_files import CheckpointError, has_tokenizer, read_config_json
 from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config
 from glmlab.models.compiling import Compilation, CompiledForward
 from glmlab.models.placement import LoadError, choose_precision, dtype_beside, dtype_name, find_device
 from glmlab.models.sizes import FLOAT_PRECISIONS, PRECISIONS, measure_bytes, predict_bytes
-from glmlab.resources import data_path
-from glmlab.units import MIB, format_bytes
 
 Weights = Literal["checkpoint", "random"]
 

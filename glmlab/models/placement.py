@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
+from glmlab.core.units import MIB, format_bytes
 from glmlab.models.sizes import BLOCK_4BIT, FLOAT_PRECISIONS, predict_bytes, quantized_linears
-from glmlab.units import MIB, format_bytes
 
 WORKING_BYTES = 128 * MIB
 """Activations and loading buffers that a load needs beside the weights."""

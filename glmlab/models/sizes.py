@@ -9,7 +9,7 @@ Quantisation by bitsandbytes replaces every linear layer but the head:
 import torch
 from torch import nn
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 FLOAT_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions that are a dtype."""

@@ -47,7 +47,7 @@ METHODS_TODAY = {  # method of modeling_chatglm.py, where it does more than the 
         "on loading, not on a loaded model",
     ),
     "ChatGLMForConditionalGeneration.process_response": (
-        "glmlab.generation.tools.parse_tool_call",
+        "glmlab.prompts.tools.parse_tool_call",
         "parsed as data; the original calls eval() on the model's words",
     ),
     "ChatGLMForConditionalGeneration.prepare_inputs_for_generation": (
@@ -86,7 +86,7 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
         StructureError: the graph is not of ChatGLM3's file, or a name of today is gone.
 
     Example:
-        >>> from glmlab.resources import data_path
+        >>> from glmlab.core.resources import data_path
         >>> from glmlab.structure.source import read_class_facts
         >>> table = side_by_side(read_class_facts(data_path("structure", "chatglm3-6b.json")))
         >>> table.set_index("original").loc["  stream_generate()", "today"]
@@ -121,7 +121,7 @@ def chat_side(original: ClassGraph) -> ClassGraph:
     """The published classes without what a chat does not touch: classification and prefix tuning.
 
     Example:
-        >>> from glmlab.resources import data_path
+        >>> from glmlab.core.resources import data_path
         >>> from glmlab.structure.source import read_class_facts
         >>> graph = read_class_facts(data_path("structure", "chatglm3-6b.json"))
         >>> "PrefixEncoder" in graph.classes, any(node.name == "PrefixEncoder" for node in chat_side(graph).nodes)

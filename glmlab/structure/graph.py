@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 
 NodeKind = Literal["class", "mixin", "torch", "auto", "outside"]
 """``torch``: a class of PyTorch; ``auto``: of transformers' Auto side; ``outside``: known by its name only."""

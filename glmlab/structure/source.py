@@ -336,7 +336,7 @@ def read_class_facts(path: str | Path) -> ClassGraph:
         StructureError: the file is missing or is not such a file.
 
     Example:
-        >>> from glmlab.resources import data_path
+        >>> from glmlab.core.resources import data_path
         >>> read_class_facts(data_path("structure", "chatglm3-6b.json")).classes["ChatGLMModel"].bases
         ('ChatGLMPreTrainedModel',)
     """

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from glmlab.units import format_bytes
+from glmlab.core.units import format_bytes
 
 Shape = tuple[int, ...]
 

@@ -20,9 +20,9 @@ EVERY_VIEW = (
 from glmlab import decode_steps, load_model
 from glmlab.figures import decode_strip
 from glmlab.generation.decoding import Keep
-from glmlab.generation.prompts import dissect
+from glmlab.prompts.encoding import dissect
 from glmlab.generation.step_tables import steps_table
-from glmlab.stepper import Stepper
+from glmlab.generation.stepper import Stepper
 
 loaded = load_model("embedded", precision="fp32", device="cpu")
 steps = list(decode_steps(loaded, "Hello", max_new_tokens=2, keep=Keep(logits=True)))""",
@@ -39,7 +39,7 @@ steps = list(decode_steps(loaded, "Hello", max_new_tokens=2, keep=Keep(logits=Tr
 Stepper(Tokenizer(), steps)""",
     "decode_strip(steps_table(Tokenizer(), steps))",
     "steps_table(Tokenizer(), steps)",
-    """from glmlab.contents import Entry, Thumbnail
+    """from glmlab.suite.contents import Entry, Thumbnail
 
 display(Entry(hostile, hostile, hostile, 1, None))""",
 )

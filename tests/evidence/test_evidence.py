@@ -19,6 +19,7 @@ from fake_gpu import build_library, install_driver
 from typer.testing import CliRunner
 
 from glmlab.cli import app
+from glmlab.core.curve import read_curve
 from glmlab.evidence.child import main, perform
 from glmlab.evidence.latency import timed_tokens
 from glmlab.evidence.plan import (
@@ -33,14 +34,13 @@ from glmlab.evidence.plan import (
     choose,
 )
 from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
+from glmlab.forecast.comparison import workload_of
+from glmlab.forecast.workload import Workload
 from glmlab.latency.polling import API, NVML, SUBPROCESS
-from glmlab.memory.comparison import workload_of
-from glmlab.memory.curve import read_curve
 from glmlab.memory.recording import load_conversation
-from glmlab.memory.snapshots import read_snapshot
-from glmlab.memory.workload import Workload
+from glmlab.snapshots.replay import read_snapshot
 
-REAL_CHILD = (sys.executable, str(Path(__file__).with_name("child_without_gpu.py")))
+REAL_CHILD = (sys.executable, str(Path(__file__).parents[1] / "helpers" / "child_without_gpu.py"))
 RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)
 LATENCY = Run("latency", "embedded", "fp32", lengths=(8, 16))
 SNAPSHOT = Run("snapshot", "embedded", "fp32", "eager", "static")

@@ -14,19 +14,19 @@ import pandas as pd
 import pytest
 from recorded_device import traced_snapshot
 
+from glmlab.core.curve import Curve, read_curve
+from glmlab.core.resources import data_path
+from glmlab.evidence.accuracy import error_table
 from glmlab.evidence.latency import TimedTokens, timed_tokens
 from glmlab.evidence.plan import SNAPSHOT_TURN
-from glmlab.memory.accuracy import error_table
-from glmlab.memory.allocation_trace import Turn
-from glmlab.memory.comparison import workload_of_notes
-from glmlab.memory.curve import Curve, read_curve
-from glmlab.memory.forecast import forecast
-from glmlab.memory.sequence import compare_sequence
-from glmlab.memory.snapshot_stripping import MOST_FILE_BYTES, save_stripped, strip
-from glmlab.memory.snapshots import read_snapshot, replay_snapshot
-from glmlab.memory.tracing import trace
-from glmlab.memory.workload import Workload
-from glmlab.resources import data_path
+from glmlab.evidence.sequence import compare_sequence
+from glmlab.forecast.comparison import workload_of_notes
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload
+from glmlab.snapshots.replay import read_snapshot, replay_snapshot
+from glmlab.snapshots.stripping import MOST_FILE_BYTES, save_stripped, strip
+from glmlab.tracing.trace import Turn
+from glmlab.tracing.tracer import trace
 
 NOTES = {
     "model": str(data_path("tiny-chatglm3")), "precision": "fp16", "attention": "sdpa", "weights": "random",

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from glmlab.core.curve import CurveError
 from glmlab.evidence import latency
 from glmlab.evidence.latency import read_timed_tokens, time_tokens, timed_tokens
 from glmlab.evidence.plan import EvidenceError
 from glmlab.latency.polling import measure_polling
 from glmlab.latency.roofline import measure_rates
-from glmlab.memory.curve import CurveError
 from glmlab.models.compiling import Compilation
 from glmlab.models.loading import LoadedModel
 

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from glmlab.core.units import MIB
 from glmlab.figures import FigureError, precision_chart
 from glmlab.figures.deployment import PART_LOOKS
-from glmlab.units import MIB
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from glmlab.allocator.caching import CachingAllocator
+from glmlab.core.curve import Curve
 from glmlab.figures import COLORS, FigureError, component_chart, components, pool_map
-from glmlab.memory.allocator import CachingAllocator
-from glmlab.memory.curve import Curve
-from glmlab.memory.forecast import forecast
-from glmlab.memory.workload import Workload
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from itertools import combinations, pairwise
 import pandas as pd
 import pytest
 
+from glmlab.allocator.caching import CachingAllocator
+from glmlab.core.curve import Curve
 from glmlab.figures import (
     component_chart,
     decode_strip,
@@ -17,10 +19,8 @@ from glmlab.figures import (
 from glmlab.figures.deployment import PART_LOOKS
 from glmlab.figures.forecast import COMPONENT_STYLES
 from glmlab.figures.style import luminance
-from glmlab.memory.allocator import CachingAllocator
-from glmlab.memory.curve import Curve
-from glmlab.memory.forecast import forecast
-from glmlab.memory.workload import Workload
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload
 
 CLEAR_STEP = 1.5
 """Ratio of the luminances of two greys that touch."""

@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from glmlab.core.curve import Curve, read_curve
+from glmlab.core.resources import data_path
 from glmlab.figures import (
     COLORS,
     FigureError,
@@ -17,8 +19,6 @@ from glmlab.figures import (
     memory_curve,
     save_figure,
 )
-from glmlab.memory.curve import Curve, read_curve
-from glmlab.resources import data_path
 
 
 def _curve(kind="measured", label="a curve", **columns) -> Curve:

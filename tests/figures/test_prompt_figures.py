@@ -8,7 +8,7 @@ import pytest
 from matplotlib import font_manager, ft2font
 from matplotlib.colors import to_hex
 
-from glmlab.doctor import examine
+from glmlab.core.resources import data_path
 from glmlab.figures import (
     STYLE,
     FigureError,
@@ -20,10 +20,10 @@ from glmlab.figures import (
     save_figure,
 )
 from glmlab.figures.style import CJK_FAMILY, register_cjk_font
-from glmlab.generation.formats import FORMATS, chat_format, segment_table
-from glmlab.generation.prompt_table import ROLE_COLORS
-from glmlab.generation.prompts import dissect, prompt_growth, role_transitions
-from glmlab.resources import data_path
+from glmlab.prompts.encoding import dissect, prompt_growth, role_transitions
+from glmlab.prompts.families import FORMATS, chat_format, segment_table
+from glmlab.prompts.table import ROLE_COLORS
+from glmlab.suite.doctor import examine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CHAT = [

@@ -9,12 +9,12 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Bbox
 
+from glmlab.core.resources import data_path
 from glmlab.figures import FigureError, save_figure
 from glmlab.figures.module_tree import module_tree_figure
 from glmlab.figures.structure import NODE_COLORS, PAGE_HEIGHT_IN, PAGE_WIDTH_IN, class_diagram
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import build_skeleton, load_config
-from glmlab.resources import data_path
 from glmlab.structure.graph import Arrow, ClassNode, Member, Part, build_graph, join
 from glmlab.structure.live import class_graph
 from glmlab.structure.source import read_class_facts

@@ -8,8 +8,8 @@ from glmlab import load_model
 from glmlab.generation import decoding
 from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.generation.decoding import DecodeError
-from glmlab.generation.prompts import PromptError, encode_chat
 from glmlab.models.loading import LoadedModel
+from glmlab.prompts.encoding import PromptError, encode_chat
 
 
 def _last(turns):

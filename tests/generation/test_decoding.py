@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from glmlab.generation.decoding import DecodeError, Keep, decode_steps, kv_bytes, reweigh
-from glmlab.generation.prompts import encode_chat
 from glmlab.models.loading import LoadedModel
+from glmlab.prompts.encoding import encode_chat
 
 STOPS = {"eos_token_id": [2, 7], "pad_token_id": 0}
 

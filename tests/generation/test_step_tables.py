@@ -5,8 +5,8 @@ import torch
 from transformers import GenerationConfig
 
 from glmlab.generation.decoding import DecodeError, Keep, decode_steps
-from glmlab.generation.prompts import encode_chat
 from glmlab.generation.step_tables import candidates_table, logit_lens, steps_table, token_text
+from glmlab.prompts.encoding import encode_chat
 
 KEEP = Keep(top_k=6, logits=True, hidden_states=True)
 

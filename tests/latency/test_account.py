@@ -2,7 +2,7 @@
 
 import pytest
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
 from glmlab.latency.account import KINDS, PCIE_BYTES_PER_S, REPORTED_TOKEN_S, chapter_account
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from glmlab.errors import GlmlabError
+from glmlab.core.errors import GlmlabError
+from glmlab.forecast.workload import Card, WorkloadError, cards
 from glmlab.latency.roofline import Rates, card_rates, measure_bandwidth, measure_rates, roofline
-from glmlab.memory.workload import Card, WorkloadError, cards
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import load_config
 

@@ -107,7 +107,7 @@ with pytest.MonkeyPatch.context() as patch:
         "LD_LIBRARY_PATH": str(library.parent),
         "FAKE_NVML_STATE": str(state),
         "CUDA_VISIBLE_DEVICES": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "helpers"),
     }
 
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -21,12 +21,11 @@ import pytest
 from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver
 from transformers import GenerationConfig
 
+from glmlab.core.curve import read_curve
+from glmlab.forecast.comparison import workload_of
 from glmlab.generation import chat
 from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.generation.decoding import decode_steps
-from glmlab.memory import tracing
-from glmlab.memory.comparison import workload_of
-from glmlab.memory.curve import read_curve
 from glmlab.memory.probes import MemoryProbe, Reading
 from glmlab.memory.recording import (
     COLUMNS,
@@ -38,10 +37,11 @@ from glmlab.memory.recording import (
     load_conversation,
     record,
 )
-from glmlab.memory.tracing import trace
 from glmlab.models.checkpoint_files import read_config_json
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import LoadedModel, load_model
+from glmlab.tracing import tracer as tracing
+from glmlab.tracing.tracer import trace
 
 QUESTIONS = (Question("你好", 6), Question("Tell me a long story.", 9), Question("谢谢", 4))
 CHAT = Conversation("three", "zh, en", QUESTIONS, sha256="0" * 64)

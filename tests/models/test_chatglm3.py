@@ -12,6 +12,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from glmlab.core.resources import data_path
 from glmlab.models.chatglm3 import (
     SPECIAL_TOKENS,
     ArchitectureError,
@@ -22,7 +23,6 @@ from glmlab.models.chatglm3 import (
     build_tokenizer_backend,
 )
 from glmlab.models.loading import load_config
-from glmlab.resources import data_path
 
 
 @pytest.fixture(scope="module")

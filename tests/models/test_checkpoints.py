@@ -5,10 +5,10 @@ import struct
 
 import pytest
 
+from glmlab.core.units import MIB
 from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint, read_safetensors_header
 from glmlab.models.checkpoints import find_checkpoint, find_config, known_configs
 from glmlab.models.shards import reshard
-from glmlab.units import MIB
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1018370\n"
 

@@ -14,9 +14,9 @@ import pytest
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 
-from glmlab.generation.prompts import encode_chat
+from glmlab.core.resources import data_path
 from glmlab.models.loading import LoadedModel, load_model
-from glmlab.resources import data_path
+from glmlab.prompts.encoding import encode_chat
 
 FOLDER = data_path("tiny-chatglm3")
 LARGEST_BYTES = 6_000_000

@@ -14,12 +14,12 @@ from hub_server import COMMIT, MODEL, serve
 from safetensors.torch import load_file, save_file
 
 from glmlab import load_model
+from glmlab.core.units import MIB
 from glmlab.models.checkpoint_files import CheckpointError
 from glmlab.models.checkpoints import find_checkpoint, find_config
 from glmlab.models.hub import RECORD, FetchReport, fetch
 from glmlab.models.shards import reshard
 from glmlab.structure.source import source_class_graph
-from glmlab.units import MIB
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 INDEX = "model.safetensors.index.json"

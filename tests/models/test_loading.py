@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from glmlab import load_model
+from glmlab.core.units import GIB
 from glmlab.models import placement
 from glmlab.models.checkpoint_files import CheckpointError
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import LoadReport, build_skeleton, load_config
 from glmlab.models.placement import LoadError
 from glmlab.models.sizes import COMPONENTS, FLOAT_PRECISIONS, PRECISIONS, component_of, measure_bytes, predict_bytes
-from glmlab.units import GIB
 
 
 def _rewrite(folder, change) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from glmlab.notebooks import execute_notebook, find_notebooks
-from glmlab.resources import data_path
+from glmlab.core.resources import data_path
+from glmlab.suite.notebooks import execute_notebook, find_notebooks
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 

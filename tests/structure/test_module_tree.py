@@ -9,7 +9,7 @@ from glmlab import load_model
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import build_skeleton, load_config
 from glmlab.structure.graph import StructureError
-from glmlab.structure.modules import decode_shapes, module_tree
+from glmlab.structure.module_tree import decode_shapes, module_tree
 
 
 def _row(tree, path):

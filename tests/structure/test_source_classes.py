@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import glmlab
-from glmlab.resources import data_path
+from glmlab.core.resources import data_path
 from glmlab.structure.comparison import CLASSES_TODAY, METHODS_TODAY, side_by_side
 from glmlab.structure.graph import Arrow, Part, StructureError, join
 from glmlab.structure.source import read_class_facts, source_class_graph, write_class_facts

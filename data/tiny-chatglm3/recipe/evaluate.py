@@ -13,8 +13,8 @@ from chat_format import Dialogue
 from dialogues import exam, long_exam_conversation, story_requests
 from phrases import LANGUAGES
 
-from glmlab.generation.prompts import encode_chat
 from glmlab.models.loading import LoadedModel, load_model
+from glmlab.prompts.encoding import encode_chat
 
 BATCH = 64
 SHORT_ANSWER_TOKENS = 120

@@ -1,0 +1,1 @@
+"""Memory of a model at every context length, computed without a GPU."""

@@ -1,0 +1,1 @@
+"""What a prompt becomes: roles, segments, token ids."""

@@ -1,6 +1,0 @@
-"""The notebooks as one document for readers: HTML that needs no other file, or a PDF printed from it."""
-
-from glmlab.report.document import ReportError, report_html
-from glmlab.report.printing import find_browser, print_pdf, write_report
-
-__all__ = ["ReportError", "find_browser", "print_pdf", "report_html", "write_report"]

@@ -1,0 +1,1 @@
+"""Memory histories that PyTorch recorded on real GPUs: read safely, replayed."""

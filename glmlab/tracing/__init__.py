@@ -1,0 +1,1 @@
+"""What a run of a model asks of the allocator, traced without a GPU."""

@@ -1,0 +1,189 @@
+"""The loading of a checkpoint as transformers does it on a GPU, recorded on the meta device.
+
+transformers' own ``convert_and_load_state_dict_in_model`` runs, over a checkpoint whose tensors have shapes and no
+content: the order of the tensors (sorted by name across all shards), their conversion (the fused query_key_value of
+ChatGLM3 is split into three views of one tensor), and quantisation on load by bitsandbytes, tensor by tensor. Before it
+comes the warm-up block: transformers asks for the size of the whole model at once and gives it back, so that all large
+weights lie in one segment.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model, revert_weight_conversion
+from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from glmlab.core.environment import environment_variable
+from glmlab.models.loading import (
+    build_random_float,
+    fill_random_quantised,
+    quantised_int8,
+    quantised_skeleton,
+    quantization_config_of,
+)
+from glmlab.models.sizes import (
+    BLOCK_4BIT,
+    FLOAT_PRECISIONS,
+    component_of,
+    own_tensors,
+    quantisation_state_of,
+    quantized_linears,
+)
+from glmlab.tracing.recorder import META, AllocationRecorder
+from glmlab.tracing.trace import WARM_UP, TraceError
+
+OWNER_OF_COMPONENT = {
+    "attention": "weights_attention",
+    "MLP": "weights_mlp",
+    "embedding": "weights_embedding",
+    "head": "weights_head",
+    "norms": "weights_norms",
+    "other": "weights_norms",
+}
+
+
+class _CheckpointTensor:
+    """A tensor of a checkpoint file: shape and dtype; read, it is host memory that nobody touches."""
+
+    def __init__(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device="cpu")
+
+
+def dtype_of(config: Any, precision: str) -> torch.dtype:
+    """The dtype of everything that is not quantised: the precision, or the checkpoint's own half precision."""
+    half = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+    return FLOAT_PRECISIONS.get(precision, half)
+
+
+def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
+    """Load ``model`` within :func:`~glmlab.tracing.recorder.record_allocations`; return it.
+
+    Args:
+        recorder: its current row is the loading.
+        model: skeleton on the meta device, in the dtype of everything that is not quantised.
+        precision: as in :class:`~glmlab.forecast.workload.Workload`.
+        stored_dtype: dtype of the checkpoint's tensors; None = that of the model.
+
+    Raises:
+        TraceError: a layer that int4 cannot quantise.
+    """
+    dtype: torch.dtype = model.dtype
+    with recorder.pause():
+        stored = {
+            name: _CheckpointTensor(tensor.shape, stored_dtype or dtype)
+            for name, tensor in revert_weight_conversion(model, dict(_saved_tensors(model))).items()
+        }
+        with local_torch_dtype(dtype):
+            quantizer = _quantizer(model, precision, dtype)
+    device_map = {"": META}
+    names = dict.fromkeys(model.state_dict(), META)
+    warm_up_bytes = int(get_total_byte_count(model, names, quantizer)[META]) // 2 * 2
+    recorder.temporary(WARM_UP, warm_up_bytes)
+    # in this thread alone: the recorder does not see others, and the order is then that of the names
+    with _quantising_on_meta(), environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+        load_config = LoadStateDictConfig(
+            device_map=device_map,
+            dtype=dtype,
+            dtype_plan=model._get_dtype_plan(dtype),
+            hf_quantizer=quantizer,
+            weight_mapping=get_model_conversion_mapping(model, None, quantizer),
+        )
+        info, _ = convert_and_load_state_dict_in_model(model, stored, load_config, None)
+    failed = {*info.conversion_errors, *info.mismatched_keys}
+    if failed:
+        raise TraceError(
+            f"transformers could not load these tensors: {', '.join(sorted(map(str, failed))[:3])}: "
+            f"{next(iter(info.conversion_errors.values()), 'wrong shapes')[-300:]}."
+        )
+    for name, buffer in model.named_buffers():
+        owner, _, key = name.rpartition(".")
+        model.get_submodule(owner).register_buffer(key, torch.empty_like(buffer, device=META), persistent=False)
+    model.tie_weights()
+    if quantizer is not None:
+        quantizer.postprocess_model(model)
+    return model.eval()
+
+
+def build_random_on_meta(recorder: AllocationRecorder, config: Any, precision: str, dtype: torch.dtype) -> Any:
+    """Build a model with random weights as :func:`~glmlab.models.loading.load_model` does; return it.
+
+    Args:
+        recorder: its current row is the loading.
+        config: of the model.
+        precision: as in :class:`~glmlab.forecast.workload.Workload`.
+        dtype: of everything that is not quantised.
+    """
+    if precision in FLOAT_PRECISIONS:
+        return build_random_float(config, dtype, META)
+    with recorder.pause():
+        skeleton = quantised_skeleton(config, precision, dtype)
+    with _quantising_on_meta():
+        return fill_random_quantised(skeleton, config, dtype, META)
+
+
+def owner_of_loaded(recorder: AllocationRecorder, model: nn.Module) -> dict[int, str]:
+    """Owner of every allocation that holds a parameter, a buffer or quantisation state of the loaded model."""
+    owners: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for _, tensor in own_tensors(module):
+            for state in quantisation_state_of(module, tensor):
+                owners.setdefault(recorder.number_of(state), "quantisation_state")
+            owners[recorder.number_of(tensor)] = OWNER_OF_COMPONENT[component_of(path)]
+    owners.pop(-1, None)
+    return owners
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that a checkpoint of the model holds: a tied head is stored once."""
+    tied: Any = getattr(model, "all_tied_weights_keys", {}) or {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            yield name, tensor
+
+
+def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
+    """The quantiser of transformers, with the model's linear layers replaced, or None."""
+    settings = quantization_config_of(precision, dtype)
+    if settings is None:
+        return None
+    if precision == "int4":
+        for path, linear in quantized_linears(model):
+            if linear.in_features % BLOCK_4BIT:
+                raise TraceError(
+                    f"int4 quantises blocks of {BLOCK_4BIT} weights, but {path} has {linear.in_features} inputs. Use "
+                    "int8."
+                )
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model, device_map={"": META}, dtype=dtype)
+    return quantizer
+
+
+@contextlib.contextmanager
+def _quantising_on_meta() -> Iterator[None]:
+    """Let bitsandbytes quantise on its way to "meta", which it takes for a model without weights otherwise."""
+    from bitsandbytes.nn import Int8Params, Params4bit
+
+    to_4bit, to_int8 = Params4bit.to, Int8Params.to
+
+    def quantise_4bit(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return to_4bit(self, *args, **kwargs) if self.bnb_quantized else self._quantize(META)
+
+    def quantise_int8(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.data.dtype == torch.int8 or self.data.device.type != "cpu":
+            return to_int8(self, *args, **kwargs)
+        # Int8Params._quantize, whose last step (self.data = CB) PyTorch refuses from host to meta
+        return quantised_int8(self.data.contiguous().to(device=META, dtype=torch.float16))
+
+    Params4bit.to, Int8Params.to = quantise_4bit, quantise_int8
+    try:
+        yield
+    finally:
+        Params4bit.to, Int8Params.to = to_4bit, to_int8

@@ -1,0 +1,259 @@
+"""Records what PyTorch would allocate on a CUDA device, with the meta device in its place.
+
+Two modes watch the code that runs: :class:`_Storages` sees every operation and takes a new storage for an allocation
+and its death for a free; :class:`_CudaOnMeta` sends what is meant for "cuda" to "meta" and hands operations to
+:mod:`glmlab.tracing.cuda_rules` where the meta device would tell another story than a GPU. Meta tensors have
+shapes and no data, so a model of any size runs in a few megabytes.
+
+A record is a list of rows (loading, a step, the end of a turn), each a list of events in order.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+META = torch.device("meta")
+
+
+class Allocation(NamedTuple):
+    """One allocation: its place in the record, its size, and who asked."""
+
+    row: int
+    slot: int
+    n_bytes: int
+    operation: str
+    module: str  # path in the module tree; "" outside the model
+
+
+@dataclass
+class Row:
+    """One row of the record. An event is ``id`` (allocation number ``id``) or ``~id`` (its free)."""
+
+    section: str
+    turn: int
+    context: int
+    turn_tokens: int
+    events: list[int] = field(default_factory=list)
+    slots: int = 0
+
+
+class AllocationRecorder:
+    """The record: rows of events, and every allocation by number."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.allocations: list[Allocation] = []
+        self.module = ""
+        self.paused = 0
+        self._ids: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage -> (allocation or -1, its weak reference)
+
+    def begin(self, section: str, turn: int = 0, context: int = 0, turn_tokens: int = 0) -> None:
+        """Start a row; what follows belongs to it."""
+        self.rows.append(Row(section, turn, context, turn_tokens))
+
+    def allocate(self, n_bytes: int, operation: str) -> int:
+        """Note an allocation; return its number."""
+        row = self.rows[-1]
+        number = len(self.allocations)
+        self.allocations.append(Allocation(len(self.rows) - 1, row.slots, n_bytes, operation, self.module))
+        row.slots += 1
+        row.events.append(number)
+        return number
+
+    def free(self, number: int) -> None:
+        """Note the free of allocation ``number``."""
+        self.rows[-1].events.append(~number)
+
+    def temporary(self, operation: str, *sizes: int) -> None:
+        """Note what an operation allocates inside and frees again: all of ``sizes`` alive together."""
+        numbers = [self.allocate(size, operation) for size in sizes if size > 0]
+        for number in reversed(numbers):
+            self.free(number)
+
+    def see(self, tensor: Tensor, operation: str) -> None:
+        """Note the storage of a tensor if it is new and on the device."""
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._ids:
+            return
+        n_bytes = storage.nbytes()
+        if n_bytes == 0:
+            return
+        number = -1 if self.paused else self.allocate(n_bytes, operation)
+
+        def died(_: object, ids: dict[int, Any] = self._ids, key: int = key, number: int = number) -> None:
+            if ids.pop(key, None) is not None and number >= 0:
+                self.free(number)
+
+        self._ids[key] = (number, weakref.ref(storage, died))
+
+    def number_of(self, tensor: Tensor) -> int:
+        """Number of the allocation that holds a tensor, -1 for a storage that was never recorded."""
+        return self._ids.get(tensor.untyped_storage()._cdata, (-1, None))[0]
+
+    def live(self) -> list[int]:
+        """Numbers of the allocations that are alive."""
+        return sorted(number for number, _ in self._ids.values() if number >= 0)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Storages born within are not recorded, nor is their death (they stand for host memory)."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+
+OperationRule = Callable[[AllocationRecorder, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""``rule(recorder, func, args, kwargs) -> result``; NotImplemented leaves the operation to PyTorch."""
+
+
+class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every new storage on the device is an allocation."""
+
+    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder, self.rules = recorder, rules
+        self.names: dict[Any, str] = {}
+        self.is_fresh: dict[Any, bool] = {}
+        self.results: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = self.names.get(func)
+        if name is None:
+            name = self.names[func] = str(func)
+        rule = self.rules.get(func)
+        result = NotImplemented if rule is None else rule(self.recorder, func, args, kwargs)
+        if result is NotImplemented:
+            result = self._run(func, args, kwargs)
+        if isinstance(result, Tensor):
+            self.recorder.see(result, name)
+        elif isinstance(result, (tuple, list)):
+            for part in result:
+                if isinstance(part, Tensor):
+                    self.recorder.see(part, name)
+        return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, or make anew what it gave for arguments of the same shapes: layers repeat each other."""
+        fresh = self.is_fresh.get(func)
+        if fresh is None:
+            fresh = self.is_fresh[func] = _gives_fresh_tensor(func)
+        if not fresh:
+            return func(*args, **kwargs)
+        try:
+            key = (func, _signature(args), _signature(tuple(kwargs.items())))
+            known = self.results.get(key)
+        except TypeError:  # an argument without a hash
+            return func(*args, **kwargs)
+        if known is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        result = func(*args, **kwargs)
+        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+        if result.device.type == "meta" and result.untyped_storage()._cdata not in inputs:  # _unsafe_view is a view
+            whole = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=META)
+            if whole.untyped_storage().nbytes() == result.untyped_storage().nbytes():
+                self.results[key] = (tuple(result.shape), result.stride(), result.dtype)
+        return result
+
+
+def _gives_fresh_tensor(func: Any) -> bool:
+    """Whether an operation's only result is one tensor that shares memory with no argument."""
+    schema = func._schema
+    if any(argument.alias_info is not None for argument in (*schema.arguments, *schema.returns)):
+        return False
+    return len(schema.returns) == 1 and isinstance(schema.returns[0].type, torch.TensorType)
+
+
+def _signature(value: Any) -> Any:
+    """What the result's shape can depend on, hashable."""
+    if isinstance(value, Tensor):
+        return (type(value), value.shape, value.stride(), value.dtype, value.device.type)
+    if isinstance(value, (tuple, list)):
+        return tuple([_signature(part) for part in value])
+    return (type(value), value)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+
+
+class _CudaOnMeta(TorchFunctionMode):
+    """Sends "cuda" to "meta", and functions to the rules that know them."""
+
+    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
+        super().__init__()
+        self.recorder, self.rules = recorder, rules
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": META}
+        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], META, *args[2:])
+        rule = self.rules.get(func)
+        if rule is not None:
+            result = rule(self.recorder, func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def record_allocations(
+    recorder: AllocationRecorder,
+    *,
+    operations: dict[Any, OperationRule] | None = None,
+    functions: dict[Any, OperationRule] | None = None,
+) -> Iterator[AllocationRecorder]:
+    """Record everything within; ``operations`` and ``functions`` are rules by ATen operation and by torch function."""
+    with torch.no_grad(), _CudaOnMeta(recorder, functions or {}), _Storages(recorder, operations or {}):
+        yield recorder
+
+
+@contextlib.contextmanager
+def module_paths(recorder: AllocationRecorder, model: nn.Module) -> Iterator[None]:
+    """While within, the recorder knows which module of ``model`` is running."""
+    stack: list[str] = [recorder.module]
+    handles = []
+    for path, module in model.named_modules():
+        if path:
+
+            def enter(*_: object, path: str = path) -> None:
+                stack.append(path)
+                recorder.module = path
+
+            def leave(*_: object) -> None:
+                stack.pop()
+                recorder.module = stack[-1]
+
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        recorder.module = stack[0]
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return (isinstance(device, str) and device.startswith("cuda")) or type(device) is int

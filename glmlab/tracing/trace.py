@@ -1,0 +1,319 @@
+"""An allocation trace: every allocation and free of a model's run, free in its turns, and its file.
+
+A trace is an :class:`~glmlab.allocator.program.EventProgram` whose sections have fixed names, with a label for every
+allocation (operation, module path, layer) and a few facts about the model. It knows no turns:
+:meth:`AllocationTrace.schedule` lays any conversation out over the sections.
+
+Sections
+    ``load``; then for the first turn ``first.prefill``, ``first.step2``, ``first.step3`` and for later turns
+    ``later.*``; ``steady`` for every step from the fourth on; ``first.end`` and ``later.end`` for what is freed when
+    a turn ends (``.end1`` and ``.end2`` for turns of one or two steps).
+
+Steps
+    A turn of p prompt tokens and a generated tokens is a steps: the prefill reads p tokens and gives the first token,
+    every decode step reads one more. The last token is not fed: a turn that starts with L0 cached tokens leaves L0 +
+    p + a - 1. Step i (from 0) has n = p + i tokens of this turn and L = L0 + p + i tokens of context.
+
+Owners
+    What the bytes of an allocation are for, one of :data:`OWNERS`.
+
+File
+    One ``.npz`` without pickle: the arrays of the program, ``labels`` (operation, module path), ``label_of_event``,
+    ``layer_of_event`` and ``facts`` (JSON).
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from glmlab.allocator.program import ALLOCATE, EventProgram, EventProgramError, Int64Array
+from glmlab.core.errors import GlmlabError
+from glmlab.core.resources import data_path
+from glmlab.core.units import MIB, format_bytes
+
+FORMAT = 1
+"""Version of the file format; a file of another version is refused."""
+
+WEIGHTS = ("weights_attention", "weights_mlp", "weights_embedding", "weights_head", "weights_norms")
+"""Owners of the model's parameters, by kind; biases count to their layer, buffers (rotary tables) to the norms."""
+
+OWNERS = (
+    "activations",
+    "workspace",
+    *WEIGHTS,
+    "quantisation_state",
+    "kv_cache",
+    "kept_outputs",
+)
+"""What allocated bytes are for. Every trace has these owners in this order."""
+
+WARM_UP = "loader's warm-up block"
+"""Operation of the block that transformers asks for before it loads the first tensor."""
+
+MOST_BYTES = 64 * MIB
+"""Most that the arrays of a trace file may have together; the largest known has 2 MiB."""
+
+STEP_NAMES = ("prefill", "step2", "step3")
+STEADY = "steady"
+
+
+class TraceError(GlmlabError):
+    """A trace that cannot be read, written or laid out over a conversation: says what and how to mend it."""
+
+
+class Turn(NamedTuple):
+    """One user message and its answer, in tokens: ``prompt`` tokens fed, ``generated`` tokens sampled."""
+
+    prompt: int
+    generated: int
+
+
+class Request(NamedTuple):
+    """Who asked for memory: operation, module path (``*`` for the layer's number), layer (-1: none), bytes."""
+
+    operation: str
+    module: str
+    layer: int
+    requested_bytes: int
+
+    def __str__(self) -> str:
+        where = self.module.replace("*", str(self.layer)) if self.layer >= 0 else self.module
+        return f"{self.operation} in {where}" if where else self.operation
+
+
+@dataclass(frozen=True)
+class TraceFacts:
+    """What one needs to know of the traced model; all sizes in bytes."""
+
+    model: str
+    precision: str
+    kv_bytes_per_token: int  # payload: 2 * layers * kv_heads * head_dim * bytes * batch
+    context_limit: int  # tokens the model is made for; 0 = not stated
+    first_prompt_min: int = 1  # fewest prompt tokens of the first turn that the trace can tell
+    later_prompt_min: int = 1  # ... and of a later turn
+    warmup_size: int = -1  # row of ``sizes`` of the loader's warm-up block, which a small card caps; -1 = none
+    description: str = ""
+    workload: dict[str, Any] = field(default_factory=dict)  # what of the workload shaped the trace: attention, cache, …
+    versions: dict[str, str] = field(default_factory=dict)
+    effects: dict[str, str] = field(default_factory=dict)  # what was modelled beside the tensors, and its source
+
+
+@dataclass(frozen=True)
+class AllocationTrace:
+    """Every allocation and free of a run, as sections whose sizes follow the context length.
+
+    Raises:
+        TraceError: sections, labels or owners do not fit together.
+
+    Example:
+        >>> trace = load_recorded("chatglm3-6b-original-int4")
+        >>> trace.facts.kv_bytes_per_token
+        28672
+        >>> trace.schedule([Turn(8, 3)])[:, [0, 2]].tolist()  # turn and context: load, three steps, end
+        [[0, 0], [1, 8], [1, 9], [1, 10], [1, 10]]
+    """
+
+    program: EventProgram
+    facts: TraceFacts
+    labels: Sequence[tuple[str, str]]  # (operation, module path)
+    label_of_event: npt.NDArray[np.int32]  # (events,) index into labels; -1 = a free
+    layer_of_event: npt.NDArray[np.int32]  # (events,) -1 = none
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple((str(op), str(module)) for op, module in self.labels))
+        n_events = len(self.program.events)
+        if not len(self.label_of_event) == len(self.layer_of_event) == n_events:
+            raise TraceError(f"a trace of {n_events} events needs as many labels; trace the model again.")
+        of_allocations = self.label_of_event[self.program.events[:, 0] == ALLOCATE]
+        if np.any((of_allocations < 0) | (of_allocations >= len(self.labels))):
+            raise TraceError("a label is missing from the trace. Trace the model again.")
+        if tuple(self.program.owners) != OWNERS:
+            raise TraceError(f"the owners of a trace are {', '.join(OWNERS)}; this one has others. Trace again.")
+
+    def request(self, event: int, context: int, turn_tokens: int) -> Request:
+        """Who asked with event number ``event`` (an allocation), and for how many bytes at this step."""
+        operation, module = self.labels[self.label_of_event[event]]
+        _, _, size_row = self.program.events[event].tolist()
+        requested = int(self.program.bytes_at(context, turn_tokens)[size_row])
+        return Request(operation, module, int(self.layer_of_event[event]), requested)
+
+    def schedule(self, turns: Sequence[Turn]) -> Int64Array:
+        """Rows (turn, section, context, tokens of the turn): loading, then every step and end of every turn.
+
+        Raises:
+            TraceError: no turn, a turn of no tokens, a prompt shorter than the trace can tell, or a section that the
+                trace does not have.
+        """
+        self._check_turns(turns)
+        try:
+            return self._laid_out(turns)
+        except KeyError as error:
+            raise TraceError(
+                f"the trace has no section {error}, which this conversation needs. Trace again."
+            ) from error
+
+    def _laid_out(self, turns: Sequence[Turn]) -> Int64Array:
+        """The rows of :meth:`schedule`; KeyError for a section that is not there."""
+        number = {name: i for i, name in enumerate(self.program.section_names)}
+        rows = [np.array([[0, number["load"], 0, 0]], np.int64)]
+        cached = 0
+        for turn, (prompt, generated) in enumerate(turns, start=1):
+            prefix = "later" if cached else "first"
+            steps = np.arange(generated + 1)  # the last row is the turn's end, at the last step's lengths
+            sections = np.full(generated + 1, number[STEADY])
+            for i, name in enumerate(STEP_NAMES[:generated]):
+                sections[i] = number[f"{prefix}.{name}"]
+            sections[generated] = number[f"{prefix}.end" + (str(generated) if generated < len(STEP_NAMES) else "")]
+            tokens = prompt + np.minimum(steps, generated - 1)
+            rows.append(np.column_stack([np.full_like(steps, turn), sections, cached + tokens, tokens]))
+            cached += prompt + generated - 1
+        return np.concatenate(rows).astype(np.int64)
+
+    def is_step(self, schedule: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which rows of a schedule are forward passes (not loading, not the end of a turn), shape (rows,)."""
+        ends = [i for i, name in enumerate(self.program.section_names) if name == "load" or ".end" in name]
+        steps: npt.NDArray[np.bool_] = ~np.isin(schedule[:, 1], ends)
+        return steps
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the trace to ``path`` (``.npz``); the file appears whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        program = self.program
+        carried = [(name, len(slots)) for name, slots in program.carried.items()]
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "format": np.array(FORMAT),
+            "events": _narrow(program.events),
+            "sizes": program.sizes,
+            "section_names": np.array(program.section_names),
+            "section_start": program.section_start,
+            "carried_names": np.array([name for name, _ in carried], dtype="U64"),
+            "carried_counts": np.array([count for _, count in carried], np.int64),
+            "carried_slots": np.array([slot for slots in program.carried.values() for slot in slots], np.int64),
+            "owners": np.array(program.owners),
+            "labels": np.array(self.labels, dtype="U").reshape(-1, 2),
+            "label_of_event": _narrow(self.label_of_event),
+            "layer_of_event": _narrow(self.layer_of_event),
+            "facts": np.array(json.dumps(asdict(self.facts), ensure_ascii=False)),
+        }
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as handle:
+                np.savez_compressed(handle, allow_pickle=False, **arrays)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return target
+
+    def _check_turns(self, turns: Sequence[Turn]) -> None:
+        if not turns:
+            raise TraceError("a conversation needs at least one turn, such as 8:100 (prompt tokens:generated tokens).")
+        for number, (prompt, generated) in enumerate(turns, start=1):
+            if prompt < 1 or generated < 1:
+                raise TraceError(f"turn {number} is {prompt}:{generated}; prompt and generated tokens start at 1.")
+            least = self.facts.first_prompt_min if number == 1 else self.facts.later_prompt_min
+            if prompt < least:
+                raise TraceError(
+                    f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens "
+                    "there. A chat message is never shorter; give more prompt tokens."
+                )
+
+
+def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
+    """Read a trace that :meth:`AllocationTrace.save` wrote.
+
+    Raises:
+        TraceError: the file is missing, truncated, of another format, or no trace.
+    """
+    source = Path(path)
+    try:
+        with source.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            n_bytes = sum(member.file_size for member in archive.zip.infolist())
+            if n_bytes > MOST_BYTES:
+                raise ValueError(f"its arrays say that they have {format_bytes(n_bytes)}, which no trace has")
+            arrays = {name: archive[name] for name in archive.files}
+        if int(arrays["format"]) != FORMAT:
+            raise TraceError(
+                f"{source} has trace format {int(arrays['format'])}; this version reads {FORMAT}. Trace again."
+            )
+        ends = np.cumsum(arrays["carried_counts"])
+        slots = arrays["carried_slots"].astype(np.int64, casting="safe").tolist()
+        program = EventProgram(
+            events=arrays["events"].astype(np.int32),
+            sizes=arrays["sizes"],
+            section_names=tuple(arrays["section_names"].tolist()),
+            section_start=arrays["section_start"],
+            carried={
+                name: slots[end - count : end]
+                for name, count, end in zip(
+                    arrays["carried_names"].tolist(), arrays["carried_counts"].tolist(), ends.tolist(), strict=True
+                )
+            },
+            owners=tuple(arrays["owners"].tolist()),
+        )
+        facts = _facts(json.loads(str(arrays["facts"])))
+        labels = [(operation, module) for operation, module in arrays["labels"].tolist()]
+        label_of_event, layer_of_event = (
+            arrays[name].reshape(-1).astype(np.int32) for name in ("label_of_event", "layer_of_event")
+        )
+    except FileNotFoundError:
+        raise TraceError(f"{source} is not there. Give the path of a trace (.npz).") from None
+    except (
+        *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError),
+        *(zipfile.BadZipFile, EventProgramError),
+    ) as error:
+        raise TraceError(f"{source} is not a readable allocation trace ({error}). Trace the model again.") from error
+    return AllocationTrace(program, facts, labels, label_of_event, layer_of_event)
+
+
+def _facts(document: dict[str, Any]) -> TraceFacts:
+    facts = TraceFacts(**document)
+    numbers = ("kv_bytes_per_token", "context_limit", "first_prompt_min", "later_prompt_min", "warmup_size")
+    for name in numbers:
+        if type(getattr(facts, name)) is not int:
+            raise TypeError(f"the fact {name} is {getattr(facts, name)!r}, not a whole number")
+    return facts
+
+
+def recorded_traces() -> tuple[str, ...]:
+    """Names of the traces that ship with the suite (``data/traces``)."""
+    return tuple(sorted(path.stem for path in data_path("traces").glob("*.npz")))
+
+
+def load_recorded(name: str) -> AllocationTrace:
+    """Read a trace of ``data/traces`` by name; :class:`TraceError` names those that are there.
+
+    Example:
+        >>> load_recorded("chatglm3-6b-original-int4").facts.precision
+        'int4'
+    """
+    if name not in recorded_traces():
+        raise TraceError(f"no recorded trace {name!r}. There is: {', '.join(recorded_traces())}.")
+    return read_trace(data_path("traces", f"{name}.npz"))
+
+
+def allocations(program: EventProgram, section: str) -> npt.NDArray[np.int64]:
+    """Event numbers (into ``program.events``) of a section's allocations, by slot."""
+    number = program.section(section)
+    start, end = program.section_start[number], program.section_start[number + 1]
+    found: npt.NDArray[np.int64] = start + np.flatnonzero(program.events[start:end, 0] == ALLOCATE)
+    return found
+
+
+def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same integers in the smallest dtype that holds them."""
+    if array.size == 0:
+        return array
+    dtype = np.promote_types(np.min_scalar_type(int(array.min())), np.min_scalar_type(int(array.max())))
+    return array.astype(dtype)

@@ -1,0 +1,130 @@
+"""The error table on recordings made from a forecast, right and wrong; the line of a card."""
+
+import csv
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from glmlab.core.curve import Curve
+from glmlab.core.resources import data_path
+from glmlab.evidence.accuracy import card_line, error_table
+from glmlab.forecast.comparison import ComparisonError, compare_recording, workload_of
+from glmlab.forecast.forecast import forecast
+from glmlab.forecast.workload import Workload
+
+MODEL = str(data_path("tiny-chatglm3"))
+H200 = {"index": 0, "name": "NVIDIA H200", "total_mib": 143771.0}
+NOTES = {
+    "model": MODEL, "precision": "fp16", "attention": "eager", "weights": "random", "cache": "dynamic",
+    "gpus": [H200], "compute_capability": "9.0", "driver": "999", "date": "2026-01-02",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def truth() -> pd.DataFrame:
+    """What a GPU would record if the forecast were true: every step of three turns."""
+    turns = [(8, 400), (30, 700), (30, 700)]
+    workload = Workload.of(
+        MODEL, turns=turns, precision="fp16", attention="eager", weights="random", architecture="hopper"
+    )
+    table = forecast(workload, seeds=()).table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
+    table["gpu"] = 0
+    table["prompt_tokens"] = table["turn"].map({0: 0, 1: 8, 2: 30, 3: 30})
+    table["generated_tokens"] = (
+        table.groupby("turn").cumcount().where(table["turn"] == 0, table.groupby("turn").cumcount() + 1)
+    )
+    return table
+
+
+def recording(table: pd.DataFrame, **notes: Any) -> Curve:
+    return Curve(table, {**NOTES, **notes}, kind="measured", label="made from a forecast")
+
+
+def row(curve: Curve) -> Mapping[str, Any]:
+    (only,) = error_table([curve]).to_dict("records")
+    return {str(name): value for name, value in only.items()}
+
+
+def test_true_forecast_has_no_error_and_holds(truth: pd.DataFrame) -> None:
+    found = row(recording(truth))
+    assert found["points"] == len(truth) == 1801
+    assert (found["max_error_mib"], found["points_outside"], found["growth_error_share"]) == (0.0, 0, 0.0)
+    assert found["growth_measured_mib"] == found["growth_forecast_mib"] > 4
+    assert found["holds"]
+    assert (found["gpu"], found["attention"], found["cache"]) == ("NVIDIA H200", "eager", "dynamic")
+
+
+def test_points_beyond_32_mib_are_counted_and_the_miss_stays_in_the_table(truth: pd.DataFrame) -> None:
+    within, beyond = truth.copy(), truth.copy()
+    within["reserved_mib"] += 1.0
+    beyond.loc[900:909, "reserved_mib"] += 33.0
+    table = error_table([recording(within), recording(beyond)])
+    assert table["points_outside"].tolist() == [0, 10]
+    assert table["max_error_mib"].tolist() == [1.0, 33.0]
+    assert table["holds"].tolist() == [True, False]
+
+
+def test_one_percent_of_a_large_model_is_allowed(truth: pd.DataFrame) -> None:
+    large = truth.assign(reserved_mib=truth["reserved_mib"] + 10_000)
+    assert row(recording(large))["points_outside"] == len(truth)
+    compared = compare_recording(recording(truth))
+    compared.table[["measured_mib", "forecast_mib"]] += 10_000
+    compared.table["measured_mib"] += 99
+    compared.table["difference_mib"] += 99
+    assert error_table([compared])["holds"].tolist() == [True]
+
+
+@pytest.mark.parametrize(("share", "holds"), [(0.04, True), (0.06, False), (-0.06, False)])
+def test_growth_off_by_more_than_five_percent_does_not_hold(truth: pd.DataFrame, share: float, holds: bool) -> None:
+    start = truth["reserved_mib"].iloc[1]
+    grown = truth.assign(reserved_mib=start + (truth["reserved_mib"] - start) * (1 + share))
+    found = row(recording(grown))
+    assert found["points_outside"] == 0
+    assert found["growth_error_share"] == pytest.approx(abs(share) / (1 + share))
+    assert found["holds"] is holds
+
+
+def test_recording_of_one_length_cannot_grow(truth: pd.DataFrame) -> None:
+    with pytest.raises(ComparisonError, match="one context length, so nothing grows"):
+        error_table([recording(truth[truth["step"].isin([1, 400]) & (truth["turn"] == 1)].tail(1))])
+
+
+def test_workload_of_a_recording_has_its_loading_its_cache_and_its_architecture(truth: pd.DataFrame) -> None:
+    unknown = {"index": 0, "name": "NVIDIA H100 80GB HBM3", "total_mib": 81559.0}
+    told = workload_of(recording(truth, gpus=[unknown], cache="static", static_tokens=4096))
+    assert (told.weights, told.cache, told.static_tokens, told.architecture) == ("random", "static", 4096, "hopper")
+    for capability, architecture in (("7.5", "turing"), ("8.6", "ampere"), ("8.9", "ada"), ("12.0", "blackwell")):
+        assert workload_of(recording(truth, gpus=[], compute_capability=capability)).architecture == architecture
+    with pytest.raises(ComparisonError, match="decode steps were compiled, .* Record it without compile=True"):
+        workload_of(recording(truth, compiled=True))
+    with pytest.raises(ComparisonError, match="static_tokens is 'many'"):
+        workload_of(recording(truth, static_tokens="many"))
+
+
+@pytest.mark.parametrize(
+    ("figures", "context_mib"),
+    [
+        ({"used_mib": 700.0, "process_mib": 640.0, "others_mib": 60.0}, "540"),
+        ({"used_mib": 700.0, "process_mib": None, "others_mib": None}, "600"),
+        ({"used_mib": 700.0, "process_mib": None, "others_mib": 50.0}, "550"),
+    ],
+)
+def test_card_line_tells_the_cuda_context(truth: pd.DataFrame, figures: dict[str, Any], context_mib: str) -> None:
+    table = truth.assign(**figures)
+    table["reserved_mib"] = 100.0
+    (line,) = csv.reader([card_line(recording(table))])
+    header = data_path("gpus.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
+    told = dict(zip(header, line, strict=True))
+    assert (told["name"], told["memory_mib"], told["architecture"]) == ("H200", "143771", "hopper")
+    assert told["cuda_context_mib"] == context_mib
+    assert told["bandwidth_bytes_per_s"] == "4800000000000"
+    assert "driver 999" in told["source"]
+
+
+def test_card_line_needs_a_gpu(truth: pd.DataFrame) -> None:
+    with pytest.raises(ComparisonError, match="has no GPU"):
+        card_line(recording(truth, gpus=[]))
+    with pytest.raises(ComparisonError, match="used and reserved memory were not both read"):
+        card_line(recording(truth))

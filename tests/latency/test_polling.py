@@ -1,0 +1,55 @@
+"""Polling is timed for real, with a driver (the stand-in library beside this file) and without one."""
+
+import pytest
+from fake_gpu import GPU_UUIDS, FakeCuda
+
+from glmlab.core.errors import GlmlabError
+from glmlab.latency.conditions import clocks
+from glmlab.latency.polling import API, NVML, SUBPROCESS, measure_polling
+from glmlab.memory.probes import MemoryProbe
+
+
+def test_with_a_driver_all_three_answer(driver, library, monkeypatch):
+    driver.says("gpu 8188 500")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(library.parent))  # for the process of its own
+    table = measure_polling(repetitions=1)
+    assert table["way"].tolist() == [SUBPROCESS, API, NVML]
+    assert table["answers"].all()
+    assert set(table["outcome"]) == {""}
+    by_way = table.set_index("way")["poll_ms"]
+    assert by_way[SUBPROCESS] > by_way[NVML] > 0
+    assert by_way[API] > 100  # gpustat sleeps 100 ms a GPU
+
+
+def test_without_a_driver_the_table_says_so(driver, monkeypatch):
+    driver.says("gpu 8188 500")
+    driver.goes_away()
+    monkeypatch.delenv("FAKE_NVML_STATE")
+    table = measure_polling(repetitions=1)
+    assert not table["answers"].any()
+    assert (table["poll_ms"] > 0).all()
+    assert table["outcome"].str.len().min() > 5
+
+
+def test_nothing_measured_is_refused():
+    with pytest.raises(GlmlabError, match="0 repetitions measure nothing"):
+        measure_polling(repetitions=0)
+
+
+class TestClocks:
+    def test_clock_and_temperature_as_the_driver_tells(self, driver, monkeypatch):
+        driver.says("gpu 8188 500")
+        FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+        assert clocks(MemoryProbe("cuda:0")) == [
+            {"index": 0, "name": "Fake GPU", "sm_clock_mhz": 1500, "temperature_c": 40}
+        ]
+
+    def test_a_driver_that_went_away_is_a_reason_not_an_error(self, driver, monkeypatch):
+        driver.says("gpu 8188 500")
+        FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
+        probe = MemoryProbe("cuda:0")
+        driver.goes_away()
+        assert "does not answer while reading clocks" in clocks(probe)
+
+    def test_without_a_gpu_there_are_none(self):
+        assert clocks(MemoryProbe("cpu")) == []
