@@ -46,7 +46,9 @@ __all__ = [
 
 
 class CachingAllocator:
-    """The allocator of one device, event by event; ``allocated + free_small + free_large == reserved`` after each.
+    """The allocator of one device, event by event.
+
+    After each, ``allocated + inactive_small + inactive_large == reserved``.
 
     ``capacity_bytes`` is the device's memory (None: no limit), ``outside_bytes`` what the CUDA context and other
     programs hold of it. Segments lie at rising addresses; with an ``address_seed`` each lies, by chance, above or below
@@ -136,12 +138,12 @@ class CachingAllocator:
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
-    def free_small_bytes(self) -> int:
+    def inactive_small_bytes(self) -> int:
         """Idle bytes of the small pools."""
         return sum(pool.free_bytes for pool in self._pools.values() if pool.is_small)
 
     @property
-    def free_large_bytes(self) -> int:
+    def inactive_large_bytes(self) -> int:
         """Idle bytes of the large pools."""
         return sum(pool.free_bytes for pool in self._pools.values() if not pool.is_small)
 

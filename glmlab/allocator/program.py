@@ -185,8 +185,8 @@ class EventProgram:
 class Replay:
     """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes.
 
-    ``allocated + free_small + free_large == reserved`` in every row. With a capacity the replay ends before the row
-    that did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` is what PyTorch would raise.
+    ``allocated + inactive_small + inactive_large == reserved`` in every row. With a capacity the replay ends before
+    the row that did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` is what PyTorch would raise.
     """
 
     reserved: Int64Array  # (rows,) after the row
@@ -194,8 +194,8 @@ class Replay:
     allocated: Int64Array  # (rows,) after the row
     peak_allocated: Int64Array  # (rows,) highest within the row
     peak_allocated_small: Int64Array  # (rows,) the small pool's part of peak_allocated, at that moment
-    free_small: Int64Array  # (rows,) idle in the small pool after the row
-    free_large: Int64Array  # (rows,) idle in the large pool after the row
+    inactive_small: Int64Array  # (rows,) idle in the small pool after the row
+    inactive_large: Int64Array  # (rows,) idle in the large pool after the row
     allocated_by_owner: Int64Array  # (rows, owners) after the row
     address_hash: npt.NDArray[np.uint64]  # (rows,) over the addresses that the row's allocations got
     growth: Int64Array  # (segments, 4): row, event (index into program.events), segment bytes, pool (0 small, 1 large)

@@ -292,15 +292,15 @@ def _replay(
     out_of_memory: OutOfMemory | None,
 ) -> Replay:
     columns = (column.copy() for column in table.T)
-    reserved, allocated, peak, peak_small, free_small, free_large, reserved_small = columns
+    reserved, allocated, peak, peak_small, inactive_small, inactive_large, reserved_small = columns
     return Replay(
         reserved=reserved,
         reserved_small=reserved_small,
         allocated=allocated,
         peak_allocated=peak,
         peak_allocated_small=peak_small,
-        free_small=free_small,
-        free_large=free_large,
+        inactive_small=inactive_small,
+        inactive_large=inactive_large,
         allocated_by_owner=owners.copy(),
         address_hash=digests,
         growth=growth,
@@ -408,9 +408,9 @@ class _ReadableRun:
                 allocator.allocated_bytes,
                 allocator.peak_allocated_bytes,
                 allocator.peak_allocated_small_bytes,
-                allocator.free_small_bytes,
-                allocator.free_large_bytes,
-                allocator.allocated_small_bytes + allocator.free_small_bytes,
+                allocator.inactive_small_bytes,
+                allocator.inactive_large_bytes,
+                allocator.allocated_small_bytes + allocator.inactive_small_bytes,
                 *self.owned,
                 digest,
             ]

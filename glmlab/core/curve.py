@@ -43,6 +43,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from glmlab.core.errors import GlmlabError
+from glmlab.core.files import write_atomically
 
 Kind = Literal["measured", "forecast", "reported"]
 
@@ -191,19 +192,6 @@ def read_curve_json(path: Path) -> dict[str, Any]:
             "it again."
         )
     return document
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file (text in UTF-8) so that a reader finds the old one or the whole new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content.encode() if isinstance(content, str) else content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:

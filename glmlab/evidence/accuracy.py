@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
+from glmlab.core.cards import CardError, find_card
 from glmlab.core.curve import Curve, read_curve
 from glmlab.forecast.comparison import Comparison, ComparisonError, compare_recording, workload_of
-from glmlab.forecast.workload import WorkloadError, find_card
 
 POINT_SHARE = 0.01
 POINT_MIB = 32.0
@@ -110,7 +110,7 @@ def card_line(recording: str | os.PathLike[str] | Curve) -> str:
         card = find_card(name)
         name = card.name
         rates = ["" if rate is None else f"{rate:.0f}" for rate in (card.bandwidth_bytes_per_s, card.fp16_flops_per_s)]
-    except WorkloadError:
+    except CardError:
         rates = ["", ""]
     architecture = workload_of(curve).architecture
     if not architecture:

@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from glmlab.core.curve import curve_json, read_curve_json, write_atomically
+from glmlab.core.curve import curve_json, read_curve_json
+from glmlab.core.files import write_atomically
 from glmlab.evidence.plan import LATENCY_PREFIX, EvidenceError, recordings
 from glmlab.latency.measure import measure_decode, measure_first_token
 from glmlab.latency.polling import measure_polling

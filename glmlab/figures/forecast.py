@@ -25,8 +25,8 @@ COMPONENT_STYLES: Mapping[str, tuple[str, str, LineStyleType, str]] = {  # label
     "kv_payload_mib": ("KV payload", COLORS["kv"], "-", HATCHES["kv"]),
     "kv_copies_mib": ("KV copies", COLORS["kv copies"], "--", HATCHES["kv copies"]),
     "activations_mib": ("activations, workspace", COLORS["activations"], ":", HATCHES["activations"]),
-    "slack_small_mib": ("idle, small pool", COLORS["slack small"], "-.", HATCHES["slack small"]),
-    "slack_large_mib": ("idle, large pool", COLORS["slack large"], (0, (5, 1, 1, 1, 1, 1)), HATCHES["slack large"]),
+    "inactive_small_mib": ("idle, small pool", COLORS["slack small"], "-.", HATCHES["slack small"]),
+    "inactive_large_mib": ("idle, large pool", COLORS["slack large"], (0, (5, 1, 1, 1, 1, 1)), HATCHES["slack large"]),
     "cuda_context_mib": ("CUDA context", COLORS["context"], "-", ""),
 }
 """Components of a forecast in the order in which they are stacked; the weights of all kinds are one."""

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from glmlab.core.cards import CardError, find_card
 from glmlab.core.curve import Curve, read_curve
 from glmlab.core.errors import GlmlabError
 from glmlab.forecast.forecast import forecast, run_workload
-from glmlab.forecast.workload import Workload, WorkloadError, find_card
+from glmlab.forecast.workload import Workload
 from glmlab.tracing.trace import Turn
 
 CHAPTER_TRACE = "chatglm3-6b-original-int4"
@@ -99,7 +100,7 @@ def compare(
         >>> compare([])
         Traceback (most recent call last):
         ...
-        glmlab.forecast.comparison.ComparisonError: nothing to compare: give recordings (.csv) or a log (characters, MiB).
+        glmlab.forecast.comparison.ComparisonError: nothing to compare: give recordings (.csv) or a log ...
     """
     if not recordings and log is None:
         raise ComparisonError("nothing to compare: give recordings (.csv) or a log (characters, MiB).")
@@ -272,7 +273,7 @@ def _architecture(gpus: Sequence[Any], compute_capability: str) -> str:
     for gpu in gpus:
         try:
             return find_card(str(gpu.get("name") if isinstance(gpu, dict) else gpu)).architecture
-        except WorkloadError:
+        except CardError:
             continue
     return _ARCHITECTURES.get(compute_capability, _ARCHITECTURES.get(compute_capability.partition(".")[0], ""))
 

@@ -64,18 +64,18 @@ class Plateau:
     first_context: int
     last_context: int
     growing: tuple[Growing, ...]
-    idle_small_mib: float  # at its beginning
-    idle_large_mib: float
-    largest_idle_mib: tuple[float, ...]  # blocks of the large pool
+    inactive_small_after_mib: float  # at its beginning
+    inactive_large_after_mib: float
+    largest_inactive_mib: tuple[float, ...]  # blocks of the large pool
 
     def __str__(self) -> str:
         text = (
             f"steps {self.first_step:,} to {self.last_step:,} ({self.first_context:,} to {self.last_context:,} "
-            f"tokens): level. At its beginning {self.idle_small_mib:.2f} MiB lie idle in the small pool and "
-            f"{self.idle_large_mib:.2f} MiB in the large one"
+            f"tokens): level. At its beginning {self.inactive_small_after_mib:.2f} MiB lie idle in the small pool and "
+            f"{self.inactive_large_after_mib:.2f} MiB in the large one"
         )
-        if self.largest_idle_mib:
-            text += " (largest blocks: " + ", ".join(f"{size:.2f}" for size in self.largest_idle_mib) + " MiB)"
+        if self.largest_inactive_mib:
+            text += " (largest blocks: " + ", ".join(f"{size:.2f}" for size in self.largest_inactive_mib) + " MiB)"
         if not self.growing:
             return text + ". No request grows with the context."
         for growing in self.growing:
@@ -170,9 +170,9 @@ def _plateaus(run: Run, rises: Sequence[Rise]) -> tuple[Plateau, ...]:
                 first_context=int(run.schedule[rows[first], 2]),
                 last_context=int(run.schedule[rows[last], 2]),
                 growing=_growing(run, _typical_row(run, rows[first:after])),
-                idle_small_mib=sum(size for pool, size in idle if pool == "small") / MIB,
-                idle_large_mib=sum(large) / MIB,
-                largest_idle_mib=tuple(size / MIB for size in large[:LARGEST_IDLE]),
+                inactive_small_after_mib=sum(size for pool, size in idle if pool == "small") / MIB,
+                inactive_large_after_mib=sum(large) / MIB,
+                largest_inactive_mib=tuple(size / MIB for size in large[:LARGEST_IDLE]),
             )
         )
     return tuple(plateaus)

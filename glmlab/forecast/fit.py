@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from glmlab.core.cards import CardError, find_card
 from glmlab.core.units import MIB, format_bytes
 from glmlab.forecast.forecast import WEIGHT_COLUMNS, cuda_context, forecast, run_workload
-from glmlab.forecast.workload import Workload, WorkloadError, find_card
+from glmlab.forecast.workload import Workload
 from glmlab.memory.probes import MemoryProbe
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import build_skeleton, load_config
@@ -32,7 +33,7 @@ from glmlab.models.sizes import PRECISIONS, predict_bytes
 DEFAULT_TOKENS = 2048
 """Context length where none is asked for."""
 
-_BESIDE = ("kv_copies_mib", "activations_mib", "slack_small_mib", "slack_large_mib")
+_BESIDE = ("kv_copies_mib", "activations_mib", "inactive_small_mib", "inactive_large_mib")
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _below(precision: str, other: str) -> bool:
 def _gpu_need(model: str, precision: str, tokens: int, gpu_name: str) -> tuple[Need, str]:
     """The forecast at its busiest step, with the architecture and the CUDA context of the card where it is known."""
     workload = Workload.of(model, precision=precision, tokens=tokens)
-    with suppress(WorkloadError):  # a card that is not in data/gpus.csv
+    with suppress(CardError):  # a card that is not in data/gpus.csv
         card = find_card(gpu_name)
         workload = replace(workload, architecture=card.architecture, cuda_context_mib=card.cuda_context_mib)
     assumed = f"CUDA context: {cuda_context(workload)[1]}." if workload.cuda_context_mib is None else ""

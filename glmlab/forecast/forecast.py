@@ -23,10 +23,11 @@ import pandas as pd
 from glmlab.allocator.blocks import SegmentView
 from glmlab.allocator.program import EMPTY_CACHE, EventProgram, Int64Array, Replay
 from glmlab.allocator.replay import StepReplayer
+from glmlab.core.cards import find_card
 from glmlab.core.curve import Curve
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.workload import Workload, WorkloadError, find_card
+from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.tracing.trace import OWNERS, WEIGHTS, AllocationTrace, Turn, load_recorded
 
 WEIGHT_COLUMNS = tuple(f"{owner}_mib" for owner in WEIGHTS)
@@ -38,8 +39,8 @@ COMPONENTS = (
     "kv_payload_mib",
     "kv_copies_mib",
     "activations_mib",
-    "slack_small_mib",
-    "slack_large_mib",
+    "inactive_small_mib",
+    "inactive_large_mib",
     "cuda_context_mib",
 )
 """Columns that add up to ``used_mib``, in the order in which they are stacked."""
@@ -121,7 +122,8 @@ def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
 
     Returns:
         A Curve of kind "forecast". Columns: step, turn, context_tokens, allocated_mib, reserved_mib, used_mib,
-        peak_allocated_mib, :data:`COMPONENTS`, and idle_small_mib, idle_large_mib (idle after the step). Where the
+        peak_allocated_mib, :data:`COMPONENTS`, and inactive_small_after_mib,
+        inactive_large_after_mib (inactive after the step). Where the
         order of addresses matters, used_min_mib and used_max_mib. Its provenance says what the CUDA context is, what
         was modelled, and ``out_of_memory`` where the card was full.
 
@@ -309,7 +311,7 @@ def _table(run: Run) -> pd.DataFrame:
     small = replay.reserved_small[rows]
     # loading ends with nothing in flight; its peak is over
     peak = np.where(turns == 0, replay.allocated[rows], peak)
-    peak_small = np.where(turns == 0, small - replay.free_small[rows], peak_small)
+    peak_small = np.where(turns == 0, small - replay.inactive_small[rows], peak_small)
     large = replay.reserved[rows] - small
     components = {
         **{f"{owner}_mib": by_owner[owner] for owner in WEIGHTS},
@@ -317,8 +319,8 @@ def _table(run: Run) -> pd.DataFrame:
         "kv_payload_mib": payload,
         "kv_copies_mib": kept - payload,
         "activations_mib": peak - state,
-        "slack_small_mib": small - peak_small,
-        "slack_large_mib": large - (peak - peak_small),
+        "inactive_small_mib": small - peak_small,
+        "inactive_large_mib": large - (peak - peak_small),
     }
     columns: dict[str, Any] = {
         "step": np.arange(len(rows)),
@@ -330,8 +332,8 @@ def _table(run: Run) -> pd.DataFrame:
         "peak_allocated_mib": replay.peak_allocated[rows] / MIB,
         **{name: n_bytes / MIB for name, n_bytes in components.items()},
         "cuda_context_mib": np.full(len(rows), run.context_mib),
-        "idle_small_mib": replay.free_small[rows] / MIB,
-        "idle_large_mib": replay.free_large[rows] / MIB,
+        "inactive_small_after_mib": replay.inactive_small[rows] / MIB,
+        "inactive_large_after_mib": replay.inactive_large[rows] / MIB,
     }
     return pd.DataFrame(columns)
 

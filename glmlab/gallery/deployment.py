@@ -2,10 +2,11 @@
 
 import pandas as pd
 
+from glmlab.core.cards import find_card
 from glmlab.core.units import MIB
 from glmlab.figures.deployment import precision_chart
 from glmlab.forecast.forecast import cuda_context
-from glmlab.forecast.workload import Workload, find_card
+from glmlab.forecast.workload import Workload
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
 from glmlab.models.checkpoints import find_config

@@ -7,10 +7,11 @@ layer, is measured on this machine. Each row of the account says which of these 
 
 import pandas as pd
 
+from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload, find_card
+from glmlab.forecast.workload import Workload
 from glmlab.latency.roofline import card_rates
 from glmlab.models.sizes import FLOAT_PRECISIONS
 

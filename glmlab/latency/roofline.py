@@ -17,9 +17,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
-from glmlab.forecast.workload import find_card
 from glmlab.models.loading import build_skeleton
 from glmlab.models.placement import find_device
 from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
@@ -48,7 +48,7 @@ def card_rates(name: str) -> Rates:
     """Published figures of a card; the peak rate is that of fp16 matrix products.
 
     Raises:
-        WorkloadError: no such card.
+        CardError: no such card.
         GlmlabError: the card's bandwidth is not in data/gpus.csv.
 
     Example:

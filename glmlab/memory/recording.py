@@ -29,8 +29,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from glmlab.core.curve import Curve, csv_file, curve_json, read_curve, read_curve_json, write_atomically
+from glmlab.core.curve import Curve, csv_file, curve_json, read_curve, read_curve_json
 from glmlab.core.errors import GlmlabError
+from glmlab.core.files import write_atomically
 from glmlab.core.units import mib
 from glmlab.generation.chat import ChatSession, ContextFullError, Turn
 from glmlab.memory.conversations import Conversation, ConversationError, Question, load_conversation

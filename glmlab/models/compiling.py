@@ -28,7 +28,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import StaticLayer
 
-from glmlab.core.environment import environment_variable
+from glmlab.core.resources import environment_variable
 
 CACHE_STEP_TOKENS = 256
 """Length of the shortest static cache; longer ones are multiples of it, on CUDA powers of two."""

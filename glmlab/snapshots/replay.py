@@ -1,6 +1,6 @@
 """Replays a real GPU's memory snapshot: does our allocator choose what PyTorch chose.
 
-:func:`replay_snapshot` rebuilds the state before the history (:mod:`glmlab.snapshots.initial_state`), then goes forward:
+:func:`replay_snapshot` rebuilds the state before the history (:mod:`glmlab.snapshots.initial_state`), then goes on:
 for every allocation our allocator names the address, for every segment taken from or given back to the driver it says
 whether and how large, and both are compared with what the history tells. After a difference it goes on from PyTorch's
 choice, so that one difference is counted once.

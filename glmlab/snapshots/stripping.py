@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from glmlab.core.curve import write_atomically
+from glmlab.core.files import write_atomically
 from glmlab.core.units import format_bytes
 from glmlab.snapshots.unpickle import SnapshotError, WrongShapeError, load_plain, to_json_gz
 

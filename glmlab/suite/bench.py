@@ -17,8 +17,8 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from glmlab.core.curve import write_atomically
 from glmlab.core.errors import GlmlabError
+from glmlab.core.files import write_atomically
 from glmlab.forecast.workload import DEFAULT_PROMPT, Workload
 from glmlab.generation.decoding import Keep, decode_steps
 from glmlab.latency.polling import API, SUBPROCESS, measure_polling

@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from glmlab.core.curve import write_atomically
+from glmlab.core.files import write_atomically
 from glmlab.suite.report_document import ReportError, report_html
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")

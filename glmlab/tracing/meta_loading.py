@@ -18,7 +18,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_count, local_torch_dtype
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from glmlab.core.environment import environment_variable
+from glmlab.core.resources import environment_variable
 from glmlab.models.loading import (
     build_random_float,
     fill_random_quantised,

@@ -49,7 +49,7 @@ SIZES = st.one_of(
 
 
 def conserves(allocator: CachingAllocator) -> bool:
-    held = allocator.free_small_bytes + allocator.free_large_bytes + allocator.allocated_bytes
+    held = allocator.inactive_small_bytes + allocator.inactive_large_bytes + allocator.allocated_bytes
     blocks = [block for segment in allocator.segments() for block in segment.blocks]
     return held == allocator.reserved_bytes == sum(b.size for b in blocks) and allocator.allocated_bytes == sum(
         b.size for b in blocks if b.live
@@ -101,7 +101,7 @@ def test_freed_neighbours_melt_and_the_rest_of_a_large_block_is_split_above_one_
     first = allocator.malloc(9 * MIB)
     second = allocator.malloc(10 * MIB)
     assert (first.size, second.size) == (9 * MIB, 11 * MIB)
-    assert allocator.free_large_bytes == 0
+    assert allocator.inactive_large_bytes == 0
 
 
 def test_streams_do_not_share_blocks() -> None:
@@ -184,7 +184,7 @@ def test_an_expandable_segment_grows_by_pages_and_is_unmapped_by_pages() -> None
     assert allocator.reserved_bytes == 60 * MIB
     allocator.free(b)
     assert allocator.empty_cache() == 40 * MIB  # whole pages only
-    assert allocator.free_large_bytes == 5 * MIB
+    assert allocator.inactive_large_bytes == 5 * MIB
     assert allocator.malloc(6 * MIB).address == a.end
     assert allocator.reserved_bytes == 40 * MIB
 
@@ -298,7 +298,7 @@ def test_both_forms_give_equal_results(
     found = replayer.run(schedule)
     assert_equal_replays(found, expected)
     assert replayer.segments() == readable.segments()
-    whole = found.allocated + found.free_small + found.free_large
+    whole = found.allocated + found.inactive_small + found.inactive_large
     assert whole.tolist() == found.reserved.tolist()
     assert found.allocated_by_owner.sum(axis=1).tolist() == found.allocated.tolist()
     if found.out_of_memory is None:  # in two runs, one going on where the other ended

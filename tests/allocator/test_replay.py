@@ -75,7 +75,7 @@ def test_a_conversation_equals_the_reference_replay_row_by_row(
     schedule = original_schedule(program, turns)
     found = replay_steps(program, schedule)
     steps = [i for i, row in enumerate(schedule) if "end" not in program.section_names[row[1]]]
-    ours = np.stack([found.reserved, found.allocated, found.free_small, found.free_large], axis=1)[steps]
+    ours = np.stack([found.reserved, found.allocated, found.inactive_small, found.inactive_large], axis=1)[steps]
     assert ours.tolist() == [list(row) for row in reference_rows(reference, folder, turns)]
 
 
@@ -171,7 +171,7 @@ def test_an_affine_program_equals_its_explicit_unrolling() -> None:
     names = [str(i) for i in range(steps)]
     explicit = EventProgram(np.array(events), np.array(sizes), names, np.array(start))
     unrolled = replay_steps(explicit, [(1, i, 0, 0) for i in range(steps)], with_address_hash=True)
-    for name in ("reserved", "allocated", "peak_allocated", "free_small", "free_large", "address_hash"):
+    for name in ("reserved", "allocated", "peak_allocated", "inactive_small", "inactive_large", "address_hash"):
         assert getattr(found, name).tolist() == getattr(unrolled, name).tolist(), name
     assert found.growth[:, [0, 2, 3]].tolist() == unrolled.growth[:, [0, 2, 3]].tolist()
     assert found.reserved[-1] > found.reserved[0]
@@ -265,7 +265,7 @@ def test_released_pages_of_many_blocks_need_many_records() -> None:
     found = replay_steps(program, schedule, settings)
     expected = replay_readable(program, schedule, CachingAllocator(settings))
     assert found.reserved.tolist() == expected.reserved.tolist()
-    assert found.free_large[-1] == expected.free_large[-1] < found.free_large[-2]
+    assert found.inactive_large[-1] == expected.inactive_large[-1] < found.inactive_large[-2]
 
 
 def test_more_addresses_than_any_gpu_has_are_refused() -> None:

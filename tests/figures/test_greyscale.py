@@ -49,7 +49,7 @@ def test_stacked_components_differ_from_their_neighbours(curve):
 
 def test_lines_of_components_that_change_have_their_own_style(curve):
     """Weights, quantisation state and CUDA context stay level, so that only the others are drawn, beside the total."""
-    moving = ("kv_payload_mib", "kv_copies_mib", "activations_mib", "slack_small_mib", "slack_large_mib")
+    moving = ("kv_payload_mib", "kv_copies_mib", "activations_mib", "inactive_small_mib", "inactive_large_mib")
     assert len({str(COMPONENT_STYLES[name][2]) for name in moving}) == len(moving)
     _, below = component_chart(curve).axes
     total = next(line for line in below.get_lines() if line.get_drawstyle() == "steps-post")

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from glmlab.allocator.program import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
+from glmlab.core.cards import CardError, cards, find_card
 from glmlab.core.curve import Curve, CurveError, read_curve
 from glmlab.core.units import MIB
 from glmlab.forecast.comparison import ComparisonError, compare, compare_recording, read_log, workload_of
@@ -29,7 +30,7 @@ from glmlab.forecast.forecast import (
     workload_fields,
     workload_from_fields,
 )
-from glmlab.forecast.workload import Workload, WorkloadError, cards, find_card, parse_turns
+from glmlab.forecast.workload import Workload, WorkloadError, parse_turns
 from glmlab.tracing.trace import (
     MOST_BYTES,
     OWNERS,
@@ -85,7 +86,10 @@ def test_figures_of_the_chapters_conversation(chapter: Curve) -> None:
     rising = table[table["reserved_mib"].diff() > 0]
     assert rising[["turn", "context_tokens"]].iloc[-1].tolist() == [5, 1923]
     assert table["peak_allocated_mib"].max() == pytest.approx(4283.75, abs=0.01)
-    assert table[["idle_small_mib", "idle_large_mib"]].iloc[-1].round(2).tolist() == [174.68, 514.12]
+    assert table[["inactive_small_after_mib", "inactive_large_after_mib"]].iloc[-1].round(2).tolist() == [
+        174.68,
+        514.12,
+    ]
 
 
 def test_breakdown_of_the_last_step(chapter: Curve) -> None:
@@ -110,7 +114,7 @@ def test_components_add_up_to_used(empty_cache: Any) -> None:
     table = forecast(Workload.recorded(TRACE, turns="8:300,600:200,30:900", empty_cache=empty_cache), seeds=()).table
     assert (table[list(COMPONENTS)].sum(axis=1) == table["used_mib"]).all()
     assert (table[list(COMPONENTS)] >= 0).all().all()
-    total = table[["allocated_mib", "idle_small_mib", "idle_large_mib"]].sum(axis=1)
+    total = table[["allocated_mib", "inactive_small_after_mib", "inactive_large_after_mib"]].sum(axis=1)
     assert (total == table["reserved_mib"]).all()
 
 
@@ -139,7 +143,7 @@ def test_empty_cache_is_called_at_the_end_of_its_sections_even_of_empty_ones() -
 def test_empty_cache_after_loading_gives_idle_segments_back(chapter: Curve) -> None:
     emptied = forecast(Workload.recorded(TRACE, turns=CONVERSATION, empty_cache=("load",)), seeds=()).table
     assert emptied["reserved_mib"].iloc[0] == 3942
-    assert emptied["idle_large_mib"].iloc[0] < chapter.table["idle_large_mib"].iloc[0]
+    assert emptied["inactive_large_after_mib"].iloc[0] < chapter.table["inactive_large_after_mib"].iloc[0]
     assert emptied["reserved_mib"].iloc[-1] == 4580  # the buffers of dequantising had to be taken again
     assert emptied["kv_payload_mib"].tolist() == chapter.table["kv_payload_mib"].tolist()
 
@@ -179,7 +183,7 @@ def test_the_last_plateau_is_no_truncation(chapter: Curve) -> None:
     assert (plateau.first_context, plateau.last_context) == (1923, 3899)
     kv = next(group for group in plateau.growing if group.bytes_per_token == 512)
     assert (kv.count, kv.leaves_small_pool_at) == (56, 2049)
-    assert plateau.largest_idle_mib[:3] == (214, 214, 214)
+    assert plateau.largest_inactive_mib[:3] == (214, 214, 214)
     assert "2,049 tokens" in str(plateau)
 
 
@@ -245,7 +249,7 @@ def test_cards_have_sources_and_sizes() -> None:
     assert len(cards()) >= 15
     assert all(card.source and 4000 < card.memory_mib < 200_000 for card in cards().values())
     assert find_card("NVIDIA GeForce RTX 4060 Laptop GPU").name == "RTX 4060 Laptop"
-    with pytest.raises(WorkloadError, match=r"no card 'RTX 1'.*RTX 4090"):
+    with pytest.raises(CardError, match=r"no card 'RTX 1'.*RTX 4090"):
         find_card("RTX 1")
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from glmlab.core.cards import Card, CardError, cards
 from glmlab.core.errors import GlmlabError
-from glmlab.forecast.workload import Card, WorkloadError, cards
 from glmlab.latency.roofline import Rates, card_rates, measure_bandwidth, measure_rates, roofline
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import load_config
@@ -83,7 +83,7 @@ class TestCards:
             assert "fp16: " in card.source
 
     def test_an_unknown_card_is_refused(self):
-        with pytest.raises(WorkloadError, match=r"no card 'RTX 9999' in data/gpus.csv"):
+        with pytest.raises(CardError, match=r"no card 'RTX 9999' in data/gpus.csv"):
             card_rates("RTX 9999")
 
     def test_a_card_without_bandwidth_is_refused(self, monkeypatch):

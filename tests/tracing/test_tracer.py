@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from glmlab.allocator.program import ALLOCATE, FREE
+from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.explanation import explain
 from glmlab.forecast.forecast import COMPONENTS, forecast, largest_context
-from glmlab.forecast.workload import Workload, WorkloadError, find_card
+from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.models.checkpoint_files import read_config_json
 from glmlab.models.checkpoints import find_config
 from glmlab.tracing import tracer as tracing
@@ -103,7 +104,10 @@ def test_components_of_every_variant_add_up(fields: dict[str, Any]) -> None:
     table = forecast(workload, seeds=()).table
     assert (table[list(COMPONENTS)].sum(axis=1) - table["used_mib"]).abs().max() == 0
     assert table[list(COMPONENTS)].min().min() >= 0
-    assert (table[["allocated_mib", "idle_small_mib", "idle_large_mib"]].sum(axis=1) == table["reserved_mib"]).all()
+    assert (
+        table[["allocated_mib", "inactive_small_after_mib", "inactive_large_after_mib"]].sum(axis=1)
+        == table["reserved_mib"]
+    ).all()
     per_token = 2 * LAYERS * 2 * 128 * (4 if fields.get("precision") == "fp32" else 2) * fields.get("batch", 1)
     assert table["kv_payload_mib"].iloc[-1] == workload.context_tokens * per_token / MIB
 
