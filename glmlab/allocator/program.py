@@ -186,7 +186,8 @@ class Replay:
     """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes.
 
     ``allocated + inactive_small + inactive_large == reserved`` in every row. With a capacity the replay ends before
-    the row that did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` is what PyTorch would raise.
+    the row that did not fit: ``rows`` is then shorter than the schedule and
+    ``out_of_memory`` is what PyTorch would raise.
     """
 
     reserved: Int64Array  # (rows,) after the row
