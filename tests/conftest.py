@@ -7,16 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import lab_driver
 import nbformat
 import pytest
 import torch
 from fake_gpu import FakeDriver, build_library, install_driver
-from playwright.sync_api import Browser, sync_playwright
 from weather import TOOL_PROMPT, WEATHER_TOOL
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
 
 from glmlab import load_model
 from glmlab.core.resources import data_path
@@ -26,25 +24,28 @@ from glmlab.generation.chat import ChatSession
 from glmlab.models.loading import LoadedModel
 from glmlab.suite.notebooks import execute_notebook, normalize
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-class _BySubject(LoadScopeScheduling):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """All tests of a notebook, or of a figure of the catalogue, go to one worker, so that it is run or made once.
 
     Every other test goes where there is room. (xdist's own ``loadgroup`` marks node ids, which pytest 9 no longer lets
     it.)
     """
+    from xdist.scheduler import LoadScopeScheduling
 
-    def _split_scope(self, nodeid: str) -> str:
-        notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
-        figure = re.search(r"^tests/gallery/.*\[(\w+)[-\]]", nodeid)
-        return (notebook or figure or [None, nodeid])[1]
+    class BySubject(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
+            figure = re.search(r"^tests/gallery/.*\[(\w+)[-\]]", nodeid)
+            return (notebook or figure or [None, nodeid])[1]
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
-    return _BySubject(config, log)
+    return BySubject(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -95,16 +96,18 @@ def _compiled_replay() -> None:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def browser() -> "Iterator[Browser]":
     """Chromium without a window; playwright allows one of them a process."""
-    if lab_driver.CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
+    if not lab_driver.HAS_BROWSER:
+        pytest.skip("needs chromium (Debian: apt-get install chromium) and playwright")
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         yield playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
 
 
 @pytest.fixture(scope="session")
-def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
+def lab(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
     """JupyterLab as ``make lab`` starts it, on a copy of the notebooks."""
     with lab_driver.running_lab(tmp_path_factory.mktemp("lab")) as server:
         yield server
@@ -112,7 +115,7 @@ def lab(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="session")
 def in_lab(
-    lab: lab_driver.Lab, browser: Browser, notebook_path: Path, _compiled_replay: None
+    lab: lab_driver.Lab, browser: "Browser", notebook_path: Path, _compiled_replay: None
 ) -> Iterator[lab_driver.OpenNotebook]:
     """The notebook in JupyterLab, run by Run > Run All Cells, and photographed."""
     with lab_driver.open_notebook(browser, lab, notebook_path.name) as notebook:
@@ -161,8 +164,8 @@ def fresh_run(
     tmp_path_factory: pytest.TempPathFactory,
     _compiled_replay: None,
 ) -> FreshRun:
-    """One run of the notebook for all tests: in JupyterLab where chromium is installed, else by nbclient."""
-    if lab_driver.CHROMIUM:
+    """One run of the notebook for all tests: in JupyterLab where there is a browser to drive, else by nbclient."""
+    if lab_driver.HAS_BROWSER:
         opened = request.getfixturevalue("in_lab")
         normalize(opened.content)
         return FreshRun(opened.content, opened.lab.folder / "figures")

@@ -1,5 +1,6 @@
 """JupyterLab in a real browser: a server as ``make lab`` starts it, and a notebook as a reader runs it."""
 
+import importlib.util
 import json
 import os
 import re
@@ -12,17 +13,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium")
+HAS_BROWSER = CHROMIUM is not None and importlib.util.find_spec("playwright") is not None
 CHROMIUM_FLAGS = (
     "--no-sandbox",  # the sandbox refuses root, and continuous integration is root
     "--disable-gpu",
@@ -123,7 +127,7 @@ def _wait_for_server(server: subprocess.Popen[bytes], folder: Path, log: Path) -
 
 
 @contextmanager
-def open_notebook(browser: Browser, lab: Lab, name: str) -> Iterator["OpenNotebook"]:
+def open_notebook(browser: "Browser", lab: Lab, name: str) -> Iterator["OpenNotebook"]:
     """Open a notebook of the server's folder, wait for its kernel, and end the kernel with the page."""
     page = browser.new_page(viewport=VIEWPORT)
     notebook = OpenNotebook(page, lab, name)
@@ -145,7 +149,7 @@ def open_notebook(browser: Browser, lab: Lab, name: str) -> Iterator["OpenNotebo
 class OpenNotebook:
     """A notebook in JupyterLab, driven through the menus."""
 
-    page: Page
+    page: "Page"
     lab: Lab
     name: str
     content: nbformat.NotebookNode = field(default_factory=nbformat.NotebookNode)
