@@ -1,8 +1,9 @@
-"""Where the suite's own data lies: the checkout's ``data/``, or its copy inside an installed wheel."""
+"""The suite's own data (the checkout's ``data/``, or its copy inside an installed wheel) and its environment."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from glmlab.core.errors import GlmlabError
@@ -50,3 +51,25 @@ def environment_variable(name: str, value: str) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+
+def source_date() -> datetime | None:
+    """The moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file; None where it is not set.
+
+    Raises:
+        GlmlabError: it is set to something else than seconds since 1970.
+
+    Example:
+        >>> with environment_variable("SOURCE_DATE_EPOCH", "0"):
+        ...     source_date().isoformat()
+        '1970-01-01T00:00:00+00:00'
+    """
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    if not epoch:
+        return None
+    try:
+        return datetime.fromtimestamp(int(epoch), UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise GlmlabError(
+            f"SOURCE_DATE_EPOCH is {epoch!r}, not a number of seconds since 1970. Set it to one, or unset it."
+        ) from error

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +12,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from glmlab.core.resources import source_date
 from glmlab.figures.settings import FigureError, FigureSettings
 from glmlab.figures.style import style_rc
 
@@ -43,8 +43,8 @@ def save_figure(
         The files written.
 
     Raises:
-        FigureError: an unknown format, a folder or file that cannot be written, or a SOURCE_DATE_EPOCH that is no
-            number of seconds.
+        FigureError: an unknown format, or a folder or file that cannot be written.
+        GlmlabError: a SOURCE_DATE_EPOCH that is no number of seconds.
     """
     check_formats(formats)
     base = Path(stem)
@@ -84,19 +84,6 @@ def check_formats(formats: Sequence[str]) -> None:
     """Raise :class:`FigureError` for a format that figures are not saved in."""
     if unknown := [name for name in formats if name not in FORMATS]:
         raise FigureError(f"format {unknown[0]!r} is not known. Use {', '.join(FORMATS)}.")
-
-
-def source_date() -> datetime | None:
-    """The moment that SOURCE_DATE_EPOCH names, or None where it is not set; FigureError where it is no number."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    if not epoch:
-        return None
-    try:
-        return datetime.fromtimestamp(int(epoch), UTC)
-    except (ValueError, OverflowError, OSError) as error:
-        raise FigureError(
-            f"SOURCE_DATE_EPOCH is {epoch!r}, not a number of seconds since 1970. Set it to one, or unset it."
-        ) from error
 
 
 def _metadata(file_format: str, title: str, alt_text: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from glmlab.core.resources import source_date
 from glmlab.generation.chat import ChatSession
 from glmlab.memory.conversations import Conversation
 from glmlab.memory.probes import MemoryProbe
@@ -92,9 +93,7 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
 
 def today() -> str:
     """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    moment = datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
-    return moment.isoformat(timespec="seconds")
+    return (source_date() or datetime.now(UTC)).isoformat(timespec="seconds")
 
 
 def operating_system() -> str:

@@ -19,8 +19,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from glmlab.core.errors import GlmlabError
-from glmlab.core.resources import data_path
-from glmlab.figures.saving import source_date
+from glmlab.core.resources import data_path, source_date
 from glmlab.figures.style import CJK_FAMILY, register_cjk_font
 from glmlab.suite.notebooks import find_notebooks, read_notebook
 from glmlab.suite.report_cleaning import clean, with_signs

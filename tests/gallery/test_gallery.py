@@ -363,8 +363,3 @@ class TestBadInput:
         (tmp_path / "prompt_roles.md").mkdir()
         with pytest.raises(FigureError, match="prompt_roles.md cannot be written"):
             list(make_figures(tmp_path, ["prompt_roles"], formats=["png"]))
-
-    def test_a_date_that_is_none(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-        with pytest.raises(FigureError, match="SOURCE_DATE_EPOCH is 'yesterday', not a number of seconds"):
-            list(make_figures(tmp_path, ["prompt_roles"], formats=["pdf"]))
