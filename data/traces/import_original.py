@@ -29,13 +29,12 @@ def main(recorded_file: Path) -> Path:
     with np.load(recorded_file, allow_pickle=False) as recorded:
         sections = recorded["segments"].tolist()
         starts = recorded["seg_start"].astype(np.int64)
-        events = recorded["ev"].astype(np.int32)
+        events = np.column_stack([recorded["ev"], np.zeros(len(recorded["ev"]))]).astype(np.int32)
         sizes, labels = recorded["size"], recorded["who_names"].tolist()
         label_of_event, layer_of_event = recorded["who"].astype(np.int32), recorded["layer"].astype(np.int32)
         carried = dict(zip(recorded["kv_segments"].tolist(), recorded["kv"].tolist(), strict=True))
 
     is_allocation = events[:, 0] == 0
-    events[is_allocation, 1] = 0
     events[:, 0] = np.vectorize(MODES.get)(events[:, 0])
     for section, start, end in zip(sections, starts, starts[1:], strict=False):
         allocated = start + np.flatnonzero(is_allocation[start:end])
@@ -45,12 +44,12 @@ def main(recorded_file: Path) -> Path:
                 if slot not in freed:
                     label = labels[label_of_event[event]]
                     owner = next(owner for word, owner in OWNER_OF_WORD.items() if word in label)
-                    events[event, 1] = OWNERS.index(owner)
+                    events[event, 3] = OWNERS.index(owner)
         else:
-            events[allocated[carried.get(section, [])], 1] = OWNERS.index("kv_cache")
+            events[allocated[carried.get(section, [])], 3] = OWNERS.index("kv_cache")
             for event in allocated:
                 if "cuBLAS workspace" in labels[label_of_event[event]]:
-                    events[event, 1] = OWNERS.index("workspace")
+                    events[event, 3] = OWNERS.index("workspace")
     program = EventProgram(events, sizes, sections, starts, carried, OWNERS)
     facts = TraceFacts(
         model="ChatGLM3-6B, original code",

@@ -4,9 +4,9 @@ An :class:`EventProgram` is a handful of *sections* (loading, prefill, second st
 each a fixed list of events. A *schedule* says which section runs when, at which context length. Allocator and replay
 know nothing of models: whoever traces a model writes a program and a schedule.
 
-The table of events: ``events``, one row ``(mode, age, arg)`` an event
+The table of events: ``events``, one row ``(mode, age, arg, owner)`` an event; columns that a mode does not use are 0
     ======================  ===============================================================================
-    ``ALLOCATE`` (0)        allocate; ``arg`` = row of ``sizes``, ``age`` = owner (an index into ``owners``)
+    ``ALLOCATE`` (0)        allocate ``sizes[arg]`` for ``owners[owner]``
     ``FREE`` (1)            free slot ``arg`` of the row run ``age`` rows ago (0 = this row; at most 3)
     ``FREE_FIRST`` (2)      free slot ``arg`` of the first row of this turn
     ``FREE_CARRIED`` (3)    free object ``arg`` of those that the previous turn carried over
@@ -35,6 +35,7 @@ Owners: ``owners``, names of what the bytes are for ("weights", "kv", ...)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ class EventProgram:
 
     Example:
         >>> program = EventProgram(
-        ...     events=np.array([(ALLOCATE, 0, 0), (ALLOCATE, 0, 1), (FREE, 0, 0)]),
+        ...     events=np.array([(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 0), (FREE, 0, 0, 0)]),
         ...     sizes=np.array([(4096, 0, 0, 0, 0), (0, 512, 0, 0, 0)]),
         ...     section_names=("load", "step"),
         ...     section_start=np.array([0, 0, 3]),
@@ -77,7 +78,7 @@ class EventProgram:
         [4096, 5120]
     """
 
-    events: Int32Array  # (events, 3): mode, age (owner where mode is ALLOCATE), arg
+    events: Int32Array  # (events, 4): mode, age, arg, owner
     sizes: Int64Array  # (sizes, 5): coefficients over [1, L, n, n * n, n * L]
     section_names: Sequence[str]
     section_start: Int64Array  # (sections + 1,)
@@ -85,8 +86,8 @@ class EventProgram:
     owners: Sequence[str] = ("all",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "events", np.ascontiguousarray(self.events, np.int32).reshape(-1, 3))
-        object.__setattr__(self, "sizes", np.ascontiguousarray(self.sizes, np.int64).reshape(-1, 5))
+        object.__setattr__(self, "events", _table(self.events, np.int32, 4, "an event is (mode, age, arg, owner)"))
+        object.__setattr__(self, "sizes", _table(self.sizes, np.int64, 5, "a size has five coefficients"))
         object.__setattr__(self, "section_start", np.ascontiguousarray(self.section_start, np.int64))
         object.__setattr__(self, "section_names", tuple(self.section_names))
         object.__setattr__(self, "owners", tuple(self.owners))
@@ -100,7 +101,7 @@ class EventProgram:
         return list(self.section_names).index(name)
 
     def events_of(self, name: str) -> Int32Array:
-        """Return the events of one section, shape (events, 3)."""
+        """Return the events of one section, shape (events, 4)."""
         i = self.section(name)
         return self.events[self.section_start[i] : self.section_start[i + 1]]
 
@@ -159,14 +160,16 @@ class EventProgram:
                 f"section_start must rise from 0 to {n_events} (the number of events) in {len(self.section_names) + 1} "
                 f"entries, one more than section_names; it is {start.tolist()}"
             )
-        modes, ages, args = self.events.T
+        modes, ages, args, owners = self.events.T
         wrong = (
             (modes < ALLOCATE)
             | (modes > EMPTY_CACHE)
             | (args < 0)
             | (ages < 0)
+            | (owners < 0)
+            | (owners >= len(self.owners))
             | ((modes == FREE) & (ages > MAX_AGE))
-            | ((modes == ALLOCATE) & ((args >= len(self.sizes)) | (ages >= len(self.owners))))
+            | ((modes == ALLOCATE) & (args >= len(self.sizes)))
         )
         if wrong.any():
             i = int(np.argmax(wrong))
@@ -179,6 +182,13 @@ class EventProgram:
                 raise EventProgramError(
                     f"section {name!r} carries slots {slots}, but it allocates only {self.slots(name)} objects"
                 )
+
+
+def _table(rows: npt.ArrayLike, dtype: npt.DTypeLike, columns: int, says: str) -> npt.NDArray[Any]:
+    table = np.ascontiguousarray(rows, dtype)
+    if table.size and (table.ndim != 2 or table.shape[1] != columns):
+        raise EventProgramError(f"{says}; this table has the shape {table.shape}")
+    return table.reshape(-1, columns)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def replay_steps(
 
     Example:
         >>> program = EventProgram(
-        ...     events=np.array([(ALLOCATE, 0, 0), (ALLOCATE, 0, 0), (FREE, 1, 0)]),
+        ...     events=np.array([(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 0, 0), (FREE, 1, 0, 0)]),
         ...     sizes=np.array([(0, 1024, 0, 0, 0)]),
         ...     section_names=("prefill", "step"),
         ...     section_start=np.array([0, 1, 3]),
@@ -226,12 +226,12 @@ class StepReplayer:
                 f"a section allocates {lane_size - 1} objects for {len(program.owners)} owners; the replay holds "
                 f"{k.CODE_SLOT_MASK - 1} and {1 << k.OWNER_BITS}"
             )
-        modes, ages, args = program.events.T.astype(np.int64)
+        modes, ages, args, owners = program.events.T.astype(np.int64)
         base = {FREE: ages << k.CODE_AGE_SHIFT, FREE_FIRST: k.CODE_FIRST, FREE_CARRIED: k.CODE_CARRIED}
         codes = np.full(len(modes), k.CODE_EMPTY_CACHE, np.int64)
         for mode, value in base.items():
             codes = np.where(modes == mode, value + args, codes)
-        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + ages), codes)
+        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + owners), codes)
         frees_slot = (modes == FREE) | (modes == FREE_FIRST)
         if np.any(args[frees_slot] >= lane_size) or np.any(args[modes == FREE_CARRIED] > k.CODE_SLOT_MASK):
             raise EventProgramError(f"an event frees slot {args.max()}, but no section allocates that many objects")
@@ -347,7 +347,7 @@ def replay_readable(program: EventProgram, schedule: npt.ArrayLike, allocator: C
     Returns what :func:`replay_steps` returns (the hash always), and raises what it raises.
 
     Example:
-        >>> program = EventProgram(np.array([(ALLOCATE, 0, 0)]), np.array([(700, 0, 0, 0, 0)]), ("load",), [0, 1])
+        >>> program = EventProgram(np.array([(ALLOCATE, 0, 0, 0)]), np.array([(700, 0, 0, 0, 0)]), ("load",), [0, 1])
         >>> allocator = CachingAllocator()
         >>> replay_readable(program, [(0, 0, 0, 0)], allocator).allocated.tolist(), len(allocator.segments())
         ([1024], 1)
@@ -388,13 +388,13 @@ class _ReadableRun:
         allocator, digest = self.allocator, 0
         allocator.reset_peak()
         begin = int(self.program.section_start[section])
-        for event, (mode, age, arg) in enumerate(self.program.events_of(name).tolist(), begin):
+        for event, (mode, age, arg, owner) in enumerate(self.program.events_of(name).tolist(), begin):
             if mode == ALLOCATE:
                 allocator.segments_taken.clear()
-                block = allocator.malloc(max(sizes[arg], 1), owner=age)
+                block = allocator.malloc(max(sizes[arg], 1), owner=owner)
                 self.growth += [(len(self.rows), event, n, int(not small)) for n, small in allocator.segments_taken]
                 slots.append(block)
-                self.owned[age] += block.size
+                self.owned[owner] += block.size
                 digest = ((digest ^ (block.address - FIRST_ADDRESS) // BLOCK_BYTES) * _HASH_PRIME + 1) & _MASK
             elif mode == EMPTY_CACHE:
                 allocator.empty_cache()

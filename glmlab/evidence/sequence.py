@@ -159,15 +159,15 @@ def _row(
     begin = int(program.section_start[section])
     sizes = program.bytes_at(context, tokens).tolist()
     recent = history[-1 - MAX_AGE :][::-1]
-    for event, (mode, age, arg) in enumerate(program.events_of(program.section_names[section]).tolist(), begin):
+    for event, (mode, age, arg, _) in enumerate(program.events_of(program.section_names[section]).tolist(), begin):
         if mode == ALLOCATE:
             operation, module = trace.labels[trace.label_of_event[event]]
             step = Step("allocate", int(sizes[arg]), operation, _LAYER.sub(r"\1*", module))
             slots.append(step)
             yield step
         elif mode in (FREE, FREE_FIRST, FREE_CARRIED):
-            owner = recent[age] if mode == FREE else lookups[mode]
-            yield owner[arg]._replace(kind="free")
+            row = recent[age] if mode == FREE else lookups[mode]
+            yield row[arg]._replace(kind="free")
 
 
 def _turn_of(snapshot: Snapshot) -> Turn:

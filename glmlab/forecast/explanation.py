@@ -192,7 +192,7 @@ def _growing(run: Run, row: int) -> tuple[Growing, ...]:
     found: Counter[tuple[str, str, int, int]] = Counter()
     example: dict[tuple[str, str, int, int], Request] = {}
     for event in range(start, end):
-        mode, _, size_row = program.events[event].tolist()
+        mode, _, size_row, _ = program.events[event].tolist()
         if mode != ALLOCATE:
             continue
         constant, slope = program.sizes[size_row, :2].tolist()

@@ -272,7 +272,7 @@ def _with_settings(trace: AllocationTrace, workload: Workload, capacity_bytes: i
         replace(
             program,
             sizes=sizes,
-            events=np.insert(program.events, ends, (EMPTY_CACHE, 0, 0), axis=0),
+            events=np.insert(program.events, ends, (EMPTY_CACHE, 0, 0, 0), axis=0),
             section_start=shifted,
         ),
         trace.facts,

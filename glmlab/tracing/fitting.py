@@ -49,8 +49,9 @@ class _Event(NamedTuple):
     """An event as it stands in an EventProgram, without its size; equal in every row of a section."""
 
     mode: int
-    age: int  # the owner where mode is ALLOCATE
+    age: int
     arg: int  # -1 where mode is ALLOCATE: its size is fitted later
+    owner: int
     label: tuple[str, str]
     layer: int
 
@@ -162,7 +163,7 @@ def _canonical(recorder: AllocationRecorder, number: int, steps: Mapping[int, St
             layer = _LAYER.search(allocation.module)
             label = (allocation.operation, _LAYER.sub(r"\1*", allocation.module))
             owner = OWNERS.index(owners.get(event, "activations"))
-            events.append(_Event(ALLOCATE, owner, -1, label, int(layer.group(2)) if layer else -1))
+            events.append(_Event(ALLOCATE, 0, -1, owner, label, int(layer.group(2)) if layer else -1))
             sizes.append(allocation.n_bytes)
             continue
         target = recorder.allocations[~event]
@@ -178,7 +179,7 @@ def _canonical(recorder: AllocationRecorder, number: int, steps: Mapping[int, St
                 f"{target.operation} in {target.module or 'the loop'} lives for {age} steps, longer than a trace can "
                 "tell. Please report this."
             )
-        events.append(_Event(mode, age, arg, ("", ""), -1))
+        events.append(_Event(mode, age, arg, 0, ("", ""), -1))
     carried = tuple(_slots(recorder, number, step.carried)) if step else ()
     slots = tuple(recorder.allocations[i].slot for i in carried)
     return _Row(tuple(events), slots, row.context, row.turn_tokens, tuple(sizes))
@@ -210,7 +211,8 @@ def _fit_sections(sections: Mapping[str, Sequence[_Row]]) -> dict[str, Int64Arra
     """Coefficients of every allocation, (slots, 5) a section; decode steps with the same requests share their fit."""
     requests = {name: [e for e in rows[0].events if e.mode == ALLOCATE] for name, rows in sections.items()}
     decode = [name for name in sections if name == STEADY or ".step" in name]
-    alike = [name for name in decode if [e[3:] for e in requests[name]] == [e[3:] for e in requests[STEADY]]]
+    labels = {name: [(e.label, e.layer) for e in events] for name, events in requests.items()}
+    alike = [name for name in decode if labels[name] == labels[STEADY]]
     pooled = [row for name in alike for row in sections[name]]
     fitted = {}
     for name, rows in sections.items():
@@ -269,7 +271,7 @@ def _assemble(
     """Put sections one behind the other; equal sizes and equal labels share a row."""
     size_rows: dict[tuple[int, ...], int] = {}
     labels: dict[tuple[str, str], int] = {}
-    events: list[tuple[int, int, int]] = []
+    events: list[tuple[int, int, int, int]] = []
     label_of_event: list[int] = []
     layer_of_event: list[int] = []
     start, carried = [0], {}
@@ -279,10 +281,10 @@ def _assemble(
             if event.mode == ALLOCATE:
                 # the warm-up block keeps a row of its own: a small card caps it
                 key = (*next(own), -1 if event.label[0] == WARM_UP else 0)
-                events.append((ALLOCATE, event.age, size_rows.setdefault(key, len(size_rows))))
+                events.append((ALLOCATE, 0, size_rows.setdefault(key, len(size_rows)), event.owner))
                 label_of_event.append(labels.setdefault(event.label, len(labels)))
             else:
-                events.append((event.mode, event.age, event.arg))
+                events.append((event.mode, event.age, event.arg, 0))
                 label_of_event.append(-1)
             layer_of_event.append(event.layer)
         start.append(len(events))

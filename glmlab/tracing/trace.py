@@ -38,7 +38,7 @@ from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
 from glmlab.core.units import MIB, format_bytes
 
-FORMAT = 1
+FORMAT = 2
 """Version of the file format; a file of another version is refused."""
 
 WEIGHTS = ("weights_attention", "weights_mlp", "weights_embedding", "weights_head", "weights_norms")
@@ -140,7 +140,7 @@ class AllocationTrace:
     def request(self, event: int, context: int, turn_tokens: int) -> Request:
         """Who asked with event number ``event`` (an allocation), and for how many bytes at this step."""
         operation, module = self.labels[self.label_of_event[event]]
-        _, _, size_row = self.program.events[event].tolist()
+        size_row = self.program.events[event, 2]
         requested = int(self.program.bytes_at(context, turn_tokens)[size_row])
         return Request(operation, module, int(self.layer_of_event[event]), requested)
 

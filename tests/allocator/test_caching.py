@@ -249,7 +249,7 @@ def programs(draw: st.DrawFn) -> tuple[EventProgram, list[tuple[int, int, int, i
     """A program of a few rows, each a section of its own, with frees of what the last four rows allocated."""
     sizes = draw(st.lists(SIZES, min_size=1, max_size=8))
     slopes = draw(st.lists(st.sampled_from([0, 0, 1, 512, 40_000]), min_size=len(sizes), max_size=len(sizes)))
-    events: list[tuple[int, int, int]] = []
+    events: list[tuple[int, int, int, int]] = []
     start = [0]
     rows: list[list[int]] = []
     for _ in range(draw(st.integers(1, 8))):
@@ -259,19 +259,19 @@ def programs(draw: st.DrawFn) -> tuple[EventProgram, list[tuple[int, int, int, i
             kind = draw(st.integers(0, 9))
             ages = [age for age, row in enumerate(rows) if row]
             if kind == 0:
-                events.append((EMPTY_CACHE, 0, 0))
+                events.append((EMPTY_CACHE, 0, 0, 0))
             elif kind < 5 and ages:
                 age = draw(st.sampled_from(ages))
-                events.append((FREE, age, rows[age].pop(draw(st.integers(0, len(rows[age]) - 1)))))
+                events.append((FREE, age, rows[age].pop(draw(st.integers(0, len(rows[age]) - 1))), 0))
             else:
-                events.append((ALLOCATE, draw(st.integers(0, 2)), draw(st.integers(0, len(sizes) - 1))))
+                events.append((ALLOCATE, 0, draw(st.integers(0, len(sizes) - 1)), draw(st.integers(0, 2))))
                 rows[0].append(slots)
                 slots += 1
         start.append(len(events))
     table = np.zeros((len(sizes), 5), np.int64)
     table[:, 0], table[:, 1] = sizes, slopes
     names = [f"row {i}" for i in range(len(start) - 1)]
-    program = EventProgram(np.array(events).reshape(-1, 3), table, names, np.array(start), owners=("a", "b", "c"))
+    program = EventProgram(events, table, names, np.array(start), owners=("a", "b", "c"))
     return program, [(draw(st.integers(0, 1)), i, draw(st.integers(0, 400)), 0) for i in range(len(names))]
 
 

@@ -29,10 +29,10 @@ CHAT = [(8, 418), (26, 259), (30, 497), (30, 491), (30, 501), (30, 501), (30, 50
 
 
 def original_program(folder: Path) -> EventProgram:
-    """The recorded trace in our format; its mode numbers are ours, its allocations tell no age."""
+    """The recorded trace in our format; its mode numbers are ours, and it has no owners."""
     with np.load(folder / "trace.npz", allow_pickle=False) as arrays:
         return EventProgram(
-            events=arrays["ev"].astype(np.int32),
+            events=np.column_stack([arrays["ev"], np.zeros(len(arrays["ev"]), np.int32)]),
             sizes=arrays["size"],
             section_names=arrays["segments"].tolist(),
             section_start=arrays["seg_start"],
@@ -115,10 +115,10 @@ def turns_program() -> EventProgram:
     return EventProgram(
         events=np.array(
             [
-                *((ALLOCATE, 0, 0), (ALLOCATE, 1, 1), (FREE_CARRIED, 0, 0)),  # prefill
-                *((ALLOCATE, 0, 0), (ALLOCATE, 1, 1), (FREE, 1, 1)),  # step
-                *((FREE_FIRST, 0, 0), (EMPTY_CACHE, 0, 0)),  # end
-                *((ALLOCATE, 0, 0), (ALLOCATE, 1, 1)),  # first prefill: nothing is carried yet
+                *((ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 1), (FREE_CARRIED, 0, 0, 0)),  # prefill
+                *((ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 1), (FREE, 1, 1, 0)),  # step
+                *((FREE_FIRST, 0, 0, 0), (EMPTY_CACHE, 0, 0, 0)),  # end
+                *((ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 1)),  # first prefill: nothing is carried yet
             ]
         ),
         sizes=np.array([(512, 0, 0, 0, 0), (0, 1024, 0, 512, 256)]),
@@ -152,7 +152,14 @@ def test_an_affine_program_equals_its_explicit_unrolling() -> None:
     steps = 300
     affine = EventProgram(
         events=np.array(
-            [(ALLOCATE, 0, 0), (ALLOCATE, 0, 1), (ALLOCATE, 0, 0), (ALLOCATE, 0, 2), (FREE, 0, 0), (FREE, 1, 1)]
+            [
+                (ALLOCATE, 0, 0, 0),
+                (ALLOCATE, 0, 1, 0),
+                (ALLOCATE, 0, 0, 0),
+                (ALLOCATE, 0, 2, 0),
+                (FREE, 0, 0, 0),
+                (FREE, 1, 1, 0),
+            ]
         ),
         sizes=np.array([(0, 512 * 40, 0, 0, 0), (100, 700, 0, 0, 0), (0, 9_000, 0, 0, 0)]),
         section_names=("first", "step"),
@@ -162,11 +169,11 @@ def test_an_affine_program_equals_its_explicit_unrolling() -> None:
     found = replay_steps(affine, schedule, with_address_hash=True)
     events, sizes, start = [], [], [0]
     for _, section, context, _ in schedule:
-        for mode, age, arg in affine.events_of(affine.section_names[section]).tolist():
+        for mode, age, arg, owner in affine.events_of(affine.section_names[section]).tolist():
             if mode == ALLOCATE:
                 sizes.append((int(affine.bytes_at(context, 0)[arg]), 0, 0, 0, 0))
                 arg = len(sizes) - 1
-            events.append((mode, age, arg))
+            events.append((mode, age, arg, owner))
         start.append(len(events))
     names = [str(i) for i in range(steps)]
     explicit = EventProgram(np.array(events), np.array(sizes), names, np.array(start))
@@ -179,7 +186,7 @@ def test_an_affine_program_equals_its_explicit_unrolling() -> None:
 
 def test_idle_memory_released_after_loading_changes_the_later_curve() -> None:
     program = EventProgram(
-        events=np.array([(ALLOCATE, 0, 0), (FREE, 0, 0), (EMPTY_CACHE, 0, 0), (ALLOCATE, 0, 1)]),
+        events=np.array([(ALLOCATE, 0, 0, 0), (FREE, 0, 0, 0), (EMPTY_CACHE, 0, 0, 0), (ALLOCATE, 0, 1, 0)]),
         sizes=np.array([(64 * MIB, 0, 0, 0, 0), (12 * MIB, 0, 0, 0, 0)]),
         section_names=("load", "release", "step"),
         section_start=np.array([0, 2, 3, 4]),
@@ -195,8 +202,8 @@ def test_idle_memory_released_after_loading_changes_the_later_curve() -> None:
     [
         ([(1, 4, 1, 1)], "section from 0 to 3"),
         ([(1, 0, -1, 1)], "no negative"),
-        ([(1, 1, 1, 1)], r"event 5, \(1, 1, 1\), frees what is not live"),
-        ([(1, 0, 1, 1)], r"event 2, \(3, 0, 0\), frees what is not live"),
+        ([(1, 1, 1, 1)], r"event 5, \(1, 1, 1, 0\), frees what is not live"),
+        ([(1, 0, 1, 1)], r"event 2, \(3, 0, 0, 0\), frees what is not live"),
         ([(1, 3, 1, 1), (1, 2, 1, 1), (1, 2, 1, 1)], "row 2 of the schedule: event 6"),
         ([(1, 3, 10**9, 1)], "no tensor has that size"),
         ([(1, 0, 1)] * 4, "every row of a schedule is"),
@@ -212,16 +219,18 @@ def test_a_schedule_that_does_not_fit_is_refused(schedule: list[tuple[int, int, 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"events": np.array([(9, 0, 0)]), "section_start": np.array([0, 1])}, "event 0 is"),
-        ({"events": np.array([(FREE, 4, 0)]), "section_start": np.array([0, 1])}, "at most 3"),
-        ({"events": np.array([(ALLOCATE, 0, 5)]), "section_start": np.array([0, 1])}, "a size below 1"),
+        ({"events": np.array([(9, 0, 0, 0)]), "section_start": np.array([0, 1])}, "event 0 is"),
+        ({"events": np.array([(FREE, 4, 0, 0)]), "section_start": np.array([0, 1])}, "at most 3"),
+        ({"events": np.array([(ALLOCATE, 0, 5, 0)]), "section_start": np.array([0, 1])}, "a size below 1"),
+        ({"events": np.array([(ALLOCATE, 0, 0, 1)])}, "an owner below 1"),
+        ({"events": np.array([(ALLOCATE, 0, 0)])}, r"an event is \(mode, age, arg, owner\).*shape \(1, 3\)"),
         ({"section_start": np.array([0, 9])}, "section_start must rise"),
         ({"carried": {"only": [3]}}, "allocates only 1"),
     ],
 )
 def test_a_program_that_cannot_be_replayed_is_refused(change: dict[str, Any], says: str) -> None:
     whole: dict[str, Any] = {
-        "events": np.array([(ALLOCATE, 0, 0)]),
+        "events": np.array([(ALLOCATE, 0, 0, 0)]),
         "sizes": np.array([(1, 0, 0, 0, 0)]),
         "section_names": ("only",),
         "section_start": np.array([0, 1]),
@@ -231,14 +240,14 @@ def test_a_program_that_cannot_be_replayed_is_refused(change: dict[str, Any], sa
 
 
 def test_a_free_of_a_slot_that_no_section_has_is_refused() -> None:
-    program = EventProgram(np.array([(FREE, 0, 7)]), np.zeros((1, 5)), ("only",), np.array([0, 1]))
+    program = EventProgram(np.array([(FREE, 0, 7, 0)]), np.zeros((1, 5)), ("only",), np.array([0, 1]))
     with pytest.raises(EventProgramError, match="frees slot 7"):
         replay_steps(program, [(0, 0, 0, 0)])
 
 
 def test_the_kernel_grows_with_what_it_holds() -> None:
     program = EventProgram(
-        events=np.array([(ALLOCATE, 0, 0)] * 3000),
+        events=np.array([(ALLOCATE, 0, 0, 0)] * 3000),
         sizes=np.array([(2 * MIB, 0, 0, 0, 0)]),
         section_names=("only",),
         section_start=np.array([0, 3000]),
@@ -254,7 +263,13 @@ def test_released_pages_of_many_blocks_need_many_records() -> None:
     """Every block has a size of its own, so none is reused; empty_cache() then cuts every idle one in three."""
     program = EventProgram(
         events=np.array(
-            [(ALLOCATE, 0, 0), (ALLOCATE, 0, 0), *[(ALLOCATE, 0, 0)] * 2, (FREE, 1, 1), (EMPTY_CACHE, 0, 0)]
+            [
+                (ALLOCATE, 0, 0, 0),
+                (ALLOCATE, 0, 0, 0),
+                *[(ALLOCATE, 0, 0, 0)] * 2,
+                (FREE, 1, 1, 0),
+                (EMPTY_CACHE, 0, 0, 0),
+            ]
         ),
         sizes=np.array([(41 * MIB, 512, 0, 0, 0)]),
         section_names=("first", "step", "empty_cache"),
@@ -269,7 +284,7 @@ def test_released_pages_of_many_blocks_need_many_records() -> None:
 
 
 def test_more_addresses_than_any_gpu_has_are_refused() -> None:
-    program = EventProgram([(ALLOCATE, 0, 0)], [(200 * GIB, 0, 0, 0, 0)], ("only",), [0, 1])
+    program = EventProgram([(ALLOCATE, 0, 0, 0)], [(200 * GIB, 0, 0, 0, 0)], ("only",), [0, 1])
     assert replay_steps(program, [(0, 0, 0, 0)] * 5).reserved[-1] == 1000 * GIB
     with pytest.raises(EventProgramError, match=r"row 5 .* more than 1024.00 GiB, which no GPU has"):
         replay_steps(program, [(0, 0, 0, 0)] * 6)

@@ -120,7 +120,7 @@ def test_components_add_up_to_used(empty_cache: Any) -> None:
 
 def test_empty_cache_is_called_at_the_end_of_its_sections_even_of_empty_ones() -> None:
     program = EventProgram(
-        events=[(ALLOCATE, 0, 0), (ALLOCATE, 0, 0), (FREE, 1, 0)],
+        events=[(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 0, 0), (FREE, 1, 0, 0)],
         sizes=[(512, 0, 0, 0, 0)],
         section_names=("load", "first.prefill", "first.end1", "later.end1"),
         section_start=[0, 1, 2, 2, 3],

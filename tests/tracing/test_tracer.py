@@ -136,7 +136,7 @@ def test_loading_begins_with_the_warm_up_block_and_quantises_tensor_by_tensor() 
     first, second = allocations(made.program, "load")[:2]
     warm_up = made.request(int(first), 0, 0)
     assert warm_up.operation == "loader's warm-up block"
-    assert made.program.events[first + 1].tolist() == [FREE, 0, 0]
+    assert made.program.events[first + 1].tolist() == [FREE, 0, 0, 0]
     assert made.request(int(second), 0, 0).operation == "aten._to_copy.default"
     counted = labels(made, "load")
     assert (
