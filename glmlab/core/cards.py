@@ -8,6 +8,9 @@ import pandas as pd
 from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
 
+ASSUMED_CONTEXT_MIB = 119.0
+"""CUDA context where a card's own is not known: that of an RTX 4060."""
+
 
 class CardError(GlmlabError):
     """A graphics card that ``data/gpus.csv`` does not list."""
@@ -33,35 +36,38 @@ def cards() -> dict[str, Card]:
         >>> cards()["RTX 4060"].architecture
         'ada'
     """
-    table = pd.read_csv(data_path("gpus.csv"))
-    return {
-        str(row["name"]): Card(
-            name=str(row["name"]),
-            memory_mib=int(row["memory_mib"]),
-            architecture=str(row["architecture"]),
-            cuda_context_mib=None if pd.isna(row["cuda_context_mib"]) else float(row["cuda_context_mib"]),
-            bandwidth_bytes_per_s=(
-                None if pd.isna(row["bandwidth_bytes_per_s"]) else float(row["bandwidth_bytes_per_s"])
-            ),
-            fp16_flops_per_s=None if pd.isna(row["fp16_flops_per_s"]) else float(row["fp16_flops_per_s"]),
-            source=str(row["source"]),
-        )
-        for _, row in table.iterrows()
-    }
+    table = pd.read_csv(data_path("gpus.csv")).astype(object)
+    rows = table.where(table.notna(), None).to_dict("records")
+    return {str(row["name"]): Card(**{str(column): value for column, value in row.items()}) for row in rows}
 
 
-def find_card(name: str) -> Card:
+def find_card(name: str | Card) -> Card:
     """Return a GPU by name, however it is spelled; :class:`CardError` names those that there are.
 
     Example:
         >>> find_card("rtx4060").memory_mib
         8188
     """
+    if isinstance(name, Card):
+        return name
     wanted = _spelled(name)
     for card in cards().values():
         if _spelled(card.name) == wanted:
             return card
     raise CardError(f"no card {name!r} in data/gpus.csv. There is: {', '.join(cards())}.")
+
+
+def cuda_context(card: Card | None) -> tuple[float, str]:
+    """MiB of a card's CUDA context, and where the figure comes from.
+
+    Example:
+        >>> cuda_context(None)
+        (119.0, "assumed, no card is given: an RTX 4060's figure; name a card for its own")
+    """
+    if card is not None and card.cuda_context_mib is not None:
+        return card.cuda_context_mib, f"{card.name}: {card.source}"
+    why = f"none is known for {card.name}" if card else "no card is given"
+    return ASSUMED_CONTEXT_MIB, f"assumed, {why}: an RTX 4060's figure; name a card for its own"
 
 
 def _spelled(name: str) -> str:

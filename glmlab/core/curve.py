@@ -52,6 +52,25 @@ CONTEXT_COLUMNS = ("context_tokens", "context_characters")
 SIDE_FILES = (".json", ".transcript.jsonl")
 """Suffixes of the files beside a recording's CSV (``recording.py`` tells what they hold)."""
 
+COMPONENTS = {
+    "weights_attention_mib": "weights, attention",
+    "weights_mlp_mib": "weights, MLP",
+    "weights_embedding_mib": "weights, embedding",
+    "weights_head_mib": "weights, head",
+    "weights_norms_mib": "weights, norms",
+    "quantisation_state_mib": "quantisation state",
+    "kv_payload_mib": "KV payload",
+    "kv_copies_mib": "KV copies",
+    "activations_mib": "activations, workspace",
+    "inactive_small_mib": "inactive, small pool",
+    "inactive_large_mib": "inactive, large pool",
+    "cuda_context_mib": "CUDA context",
+}
+"""Columns of a forecast that add up to ``used_mib``, in the order in which they are stacked, with their labels."""
+
+WEIGHT_COLUMNS = tuple(column for column in COMPONENTS if column.startswith("weights_"))
+"""Columns of the weights, by component."""
+
 _MOST_GPUS = 2**16
 
 

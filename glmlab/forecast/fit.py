@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from glmlab.core.cards import CardError, find_card
+from glmlab.core.curve import WEIGHT_COLUMNS
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.forecast import WEIGHT_COLUMNS, cuda_context, forecast, run_workload
+from glmlab.forecast.forecast import cuda_context, forecast, run_workload
 from glmlab.forecast.workload import Workload
 from glmlab.memory.probes import MemoryProbe
 from glmlab.models.checkpoints import find_config

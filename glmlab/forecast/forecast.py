@@ -24,26 +24,11 @@ from glmlab.allocator.blocks import SegmentView
 from glmlab.allocator.program import EMPTY_CACHE, EventProgram, Int64Array, Replay
 from glmlab.allocator.replay import StepReplayer
 from glmlab.core.cards import find_card
-from glmlab.core.curve import Curve
+from glmlab.core.curve import COMPONENTS, Curve
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB, format_bytes
 from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.tracing.trace import OWNERS, WEIGHTS, AllocationTrace, Turn, load_recorded
-
-WEIGHT_COLUMNS = tuple(f"{owner}_mib" for owner in WEIGHTS)
-"""Columns of the weights, by component."""
-
-COMPONENTS = (
-    *WEIGHT_COLUMNS,
-    "quantisation_state_mib",
-    "kv_payload_mib",
-    "kv_copies_mib",
-    "activations_mib",
-    "inactive_small_mib",
-    "inactive_large_mib",
-    "cuda_context_mib",
-)
-"""Columns that add up to ``used_mib``, in the order in which they are stacked."""
 
 ASSUMED_CONTEXT_MIB = 119.0
 """CUDA context where nothing is known of the card: that of the only card whose figure we have (an RTX 4060)."""
@@ -407,7 +392,7 @@ def summary(curve: Curve) -> list[str]:
         + f" {last['used_mib']:10,.1f} MiB used, {last['reserved_mib']:10,.1f} reserved, "
         f"{last['allocated_mib']:10,.1f} allocated",
     ]
-    lines += [f"    {name.removesuffix('_mib').replace('_', ' '):24} {last[name]:10,.2f} MiB" for name in COMPONENTS]
+    lines += [f"    {label:24} {last[column]:10,.2f} MiB" for column, label in COMPONENTS.items()]
     if "used_min_mib" in table:
         spread = float((table["used_max_mib"] - table["used_min_mib"]).max())
         lines.append(f"the order of segment addresses changes this by up to {format_bytes(spread * MIB)}")

@@ -14,13 +14,12 @@ import pytest
 
 from glmlab.allocator.program import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
 from glmlab.core.cards import CardError, cards, find_card
-from glmlab.core.curve import Curve, CurveError, read_curve
+from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, Curve, CurveError, read_curve
 from glmlab.core.units import MIB
 from glmlab.forecast.comparison import ComparisonError, compare, compare_recording, read_log, workload_of
 from glmlab.forecast.explanation import explain
 from glmlab.forecast.forecast import (
     ASSUMED_CONTEXT_MIB,
-    COMPONENTS,
     ForecastError,
     _with_settings,
     forecast,
@@ -34,6 +33,7 @@ from glmlab.forecast.workload import Workload, WorkloadError, parse_turns
 from glmlab.tracing.trace import (
     MOST_BYTES,
     OWNERS,
+    WEIGHTS,
     AllocationTrace,
     TraceError,
     TraceFacts,
@@ -107,6 +107,10 @@ def test_next_rise_of_a_longer_conversation() -> None:
     late = [rise for rise in explain(curve).rises if rise.context_tokens > 3899]
     assert [(rise.turn, rise.context_tokens, rise.mib, rise.pool) for rise in late] == [(13, 6101, 214, "large")]
     assert "dense_h_to_4h" in str(late[0])
+
+
+def test_columns_of_the_weights_are_the_owners_of_the_trace() -> None:
+    assert tuple(f"{owner}_mib" for owner in WEIGHTS) == WEIGHT_COLUMNS
 
 
 @pytest.mark.parametrize("empty_cache", [(), ("load",), ("load", "turn")])

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from glmlab.allocator.program import ALLOCATE, FREE
 from glmlab.core.cards import find_card
+from glmlab.core.curve import COMPONENTS
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.explanation import explain
-from glmlab.forecast.forecast import COMPONENTS, forecast, largest_context
+from glmlab.forecast.forecast import forecast, largest_context
 from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.models.checkpoint_files import read_config_json
 from glmlab.models.checkpoints import find_config
