@@ -1,4 +1,4 @@
-"""The suite's own data (the checkout's ``data/``, or its copy inside an installed wheel) and its environment."""
+"""Folders and environment variables: the suite's own data, its cache, a variable set for a while."""
 
 import os
 from collections.abc import Iterator
@@ -27,6 +27,13 @@ def data_path(*parts: str) -> Path:
         f"data/{'/'.join(parts)} is missing from this installation. "
         "Install glmlab from a full checkout: pip install -e ."
     )
+
+
+def cache_folder() -> Path:
+    """Where the suite caches what it can make again: ``$GLMLAB_CACHE``, or ``glmlab`` in the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return Path(os.environ.get("GLMLAB_CACHE") or user_cache_path("glmlab", appauthor=False))
 
 
 @contextmanager

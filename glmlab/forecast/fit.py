@@ -14,16 +14,16 @@ import torch
 from glmlab.core.cards import CardError, find_card
 from glmlab.core.curve import WEIGHT_COLUMNS
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.forecast import cuda_context, forecast, run_workload
+from glmlab.forecast.forecast import ForecastError, cuda_context, forecast
 from glmlab.forecast.workload import Workload
 from glmlab.memory.probes import MemoryProbe
 from glmlab.models.checkpoints import find_config
+from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton, load_config
 from glmlab.models.placement import (
     WORKING_BYTES,
     LoadError,
     dtype_beside,
-    dtype_name,
     find_device,
     free_bytes,
     precision_ladder,
@@ -155,13 +155,18 @@ def _cpu_need(model: str, skeleton: Any, precision: str, tokens: int) -> Need:
     dtype = dtype_beside(skeleton.config, precision, torch.device("cpu"))
     weights = predict_bytes(skeleton, precision, dtype)
     state_bytes = weights.pop("quantisation state")
-    run = run_workload(Workload.of(model, precision=dtype_name(dtype), tokens=tokens))
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise ForecastError(
+            f"the turns reach {tokens:,} tokens, but {model} is made for {limit:,} (its config's "
+            "max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
+        )
     return Need(
         precision,
         {
             "weights": sum(weights.values()),
             "quantisation state": state_bytes,
-            "KV payload": tokens * run.trace.facts.kv_bytes_per_token,
+            "KV payload": kv_cache_bytes(skeleton.config, tokens=tokens, dtype_bytes=dtype.itemsize),
             "room to work": WORKING_BYTES,
         },
     )

@@ -18,6 +18,7 @@ def bytes_by_precision() -> Plate:
     """The weights by component, the KV payload of a full context and the CUDA context, beside the chapter's card."""
     import torch
 
+    from glmlab.models.kv_cache import cache_dtype_bytes, kv_cache_bytes
     from glmlab.models.loading import build_skeleton, load_config
     from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
 
@@ -28,9 +29,9 @@ def bytes_by_precision() -> Plate:
         for name in ("fp32", "bf16", "int8", "int4")
     }
     parts = pd.DataFrame(predicted).T
-    parts["KV payload"] = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * CONTEXT_TOKENS
-    )
+    parts["KV payload"] = [
+        kv_cache_bytes(config, tokens=CONTEXT_TOKENS, dtype_bytes=cache_dtype_bytes(config, name)) for name in predicted
+    ]
     context_mib, context_source = cuda_context(Workload.of(MODEL, card=CARD))
     parts["CUDA context"] = round(context_mib * MIB)
     provenance = {"model": MODEL, "context_tokens": CONTEXT_TOKENS, "card": gpu.name, "source": context_source}

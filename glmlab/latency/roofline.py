@@ -20,6 +20,7 @@ import torch
 from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
+from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton
 from glmlab.models.placement import find_device
 from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
@@ -178,7 +179,7 @@ def roofline(
     skeleton = build_skeleton(config)
     weight_bytes = _weight_bytes(skeleton, precision, dtype)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * dtype.itemsize
+    kv_bytes = kv_cache_bytes(config, tokens=1, dtype_bytes=dtype.itemsize)
     linear_weights = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear))
     rows = []
     for context in contexts:

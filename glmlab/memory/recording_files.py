@@ -1,20 +1,23 @@
 """The files of a recording: opened so that no two runs write one, written so that a killed run leaves whole lines."""
 
 import os
-import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from glmlab.core.curve import SIDE_FILES
 from glmlab.core.errors import GlmlabError
+from glmlab.core.files import file_lock
 
 
 class RecordingError(GlmlabError):
     """A recording cannot be started, continued or finished; says which file or setting is in the way."""
 
 
-def open_locked(path: Path, *, resume: bool) -> BinaryIO:
-    """Open the CSV unbuffered, created anew or (``resume``) as it is, and lock it until it is closed.
+@contextmanager
+def open_locked(path: Path, *, resume: bool) -> Iterator[BinaryIO]:
+    """Open the CSV unbuffered, created anew or (``resume``) as it is, and hold it alone until it is closed.
 
     Raises:
         RecordingError: it is there already, or with ``resume`` is not; it cannot be written; another run writes it.
@@ -24,24 +27,24 @@ def open_locked(path: Path, *, resume: bool) -> BinaryIO:
             f"{path} (or a file beside it) is there already, and a recording never overwrites one. Name another file, "
             "or continue this recording with --resume (resume=True)."
         )
-    try:
-        if not resume:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("r+b" if resume else "xb", buffering=0)
-    except FileNotFoundError as error:
+    if resume and not path.exists():
         raise RecordingError(
             f"{path} is not there, so there is nothing to resume. Start it without --resume (resume=True)."
-        ) from error
-    except OSError as error:
-        raise RecordingError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
-    try:
-        _lock(file)
-    except OSError as error:
-        file.close()
-        raise RecordingError(
-            f"{path} is being written by another run. Wait until it ends, or record into another file."
-        ) from error
-    return file
+        )
+    with ExitStack() as files:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.enter_context(file_lock(path))
+            file = files.enter_context(path.open("r+b" if resume else "xb", buffering=0))
+        except BlockingIOError as error:
+            raise RecordingError(
+                f"{path} is being written by another run. Wait until it ends, or record into another file."
+            ) from error
+        except OSError as error:
+            raise RecordingError(
+                f"{path} cannot be written ({error.strerror}). Name a file in another folder."
+            ) from error
+        yield file
 
 
 def open_transcript(path: Path) -> BinaryIO:
@@ -71,24 +74,6 @@ def is_checkpoint(line: Any, vocabulary: int) -> bool:
         and isinstance(ids, list)
         and all(isinstance(token_id, int) and 0 <= token_id < vocabulary for token_id in ids)
     )
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCKED_BYTE = 2**40  # far behind the end, so that others can read the file while it grows
-
-    def _lock(file: BinaryIO) -> None:
-        here = file.tell()
-        file.seek(_LOCKED_BYTE)
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        file.seek(here)
-
-else:
-    import fcntl
-
-    def _lock(file: BinaryIO) -> None:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def write_durably(file: BinaryIO, text: str) -> None:

@@ -63,11 +63,12 @@ def dtype_beside(config: Any, precision: str, device: torch.device) -> torch.dty
         return FLOAT_PRECISIONS[precision]
     if precision == "int4" and device.type == "cpu":
         return torch.float32
-    return _half(config)
+    return _half_dtype(config)
 
 
-def _half(config: Any) -> torch.dtype:
-    return config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
+def _half_dtype(config: Any) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)  # a dict has none
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
 def free_bytes(device: torch.device) -> int:
@@ -89,7 +90,7 @@ def precision_ladder(skeleton: nn.Module, device: torch.device) -> list[str]:
         >>> precision_ladder(skeleton, torch.device("cpu"))
         ['fp32', 'bf16', 'int8', 'int4']
     """
-    ladder = ["fp32", "bf16"] if device.type == "cpu" else [dtype_name(_half(skeleton.config))]
+    ladder = ["fp32", "bf16"] if device.type == "cpu" else [dtype_name(_half_dtype(skeleton.config))]
     return [*ladder, "int8"] if _misfits_for_4bit(skeleton) else [*ladder, "int8", "int4"]
 
 

@@ -26,6 +26,7 @@ from glmlab.models.loading import (
     quantised_skeleton,
     quantization_config_of,
 )
+from glmlab.models.placement import dtype_beside
 from glmlab.models.sizes import (
     BLOCK_4BIT,
     FLOAT_PRECISIONS,
@@ -58,9 +59,8 @@ class _CheckpointTensor:
 
 
 def dtype_of(config: Any, precision: str) -> torch.dtype:
-    """The dtype of everything that is not quantised: the precision, or the checkpoint's own half precision."""
-    half = config.dtype if config.dtype in (torch.float16, torch.bfloat16) else torch.float16
-    return FLOAT_PRECISIONS.get(precision, half)
+    """The dtype of everything that is not quantised on a GPU."""
+    return dtype_beside(config, precision, torch.device("cuda"))
 
 
 def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:

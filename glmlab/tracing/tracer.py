@@ -15,8 +15,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ import transformers
 from torch import Tensor
 
 from glmlab.core.errors import GlmlabError
+from glmlab.core.resources import cache_folder
 from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
@@ -104,17 +103,6 @@ def trace(workload: Workload, *, refresh: bool = False) -> AllocationTrace:
     except OSError as error:
         warnings.warn(f"the trace could not be cached ({error}); set GLMLAB_CACHE to a folder of yours", stacklevel=2)
     return made
-
-
-def cache_folder() -> Path:
-    """Where traces are cached: ``$GLMLAB_CACHE``, or ``glmlab`` in the user's cache folder."""
-    if own := os.environ.get("GLMLAB_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "glmlab" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "glmlab"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glmlab"
 
 
 def _settings(workload: Workload) -> dict[str, Any]:
