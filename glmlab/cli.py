@@ -344,7 +344,7 @@ def bench(
 
     typer.echo(format_rows(run_benchmarks(repetitions, out, notebooks=notebooks)))
     for attention in ("sdpa", "eager"):
-        traced = trace(Workload.of("chatglm3-6b", attention=attention))
+        traced = trace(Workload.of("chatglm3-6b", attention=attention).trace_settings())
         typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")
         typer.echo(speed_table(benchmark_replay(traced, steps=STEPS)))
 

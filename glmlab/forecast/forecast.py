@@ -28,7 +28,7 @@ from glmlab.core.curve import COMPONENTS, Curve
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB, format_bytes
 from glmlab.forecast.workload import Workload, WorkloadError
-from glmlab.tracing.trace import OWNERS, WEIGHTS, AllocationTrace, Turn, load_recorded
+from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, Turn, load_recorded
 
 ASSUMED_CONTEXT_MIB = 119.0
 """CUDA context where nothing is known of the card: that of the only card whose figure we have (an RTX 4060)."""
@@ -240,7 +240,7 @@ def _trace_of(workload: Workload) -> AllocationTrace:
         return load_recorded(workload.recorded_trace)
     from glmlab.tracing.tracer import trace  # a recorded trace needs no torch
 
-    return trace(workload)
+    return trace(workload.trace_settings())
 
 
 def _with_settings(trace: AllocationTrace, workload: Workload, capacity_bytes: int | None) -> AllocationTrace:
@@ -291,7 +291,7 @@ def _table(run: Run) -> pd.DataFrame:
     by_owner = {owner: replay.allocated_by_owner[rows, i] for i, owner in enumerate(OWNERS)}
     payload = context * facts.kv_bytes_per_token
     kept = by_owner["kv_cache"] + by_owner["kept_outputs"]
-    state = sum(by_owner[owner] for owner in WEIGHTS) + by_owner["quantisation_state"] + kept
+    state = sum(by_owner[owner] for owner in WEIGHT_OWNERS) + by_owner["quantisation_state"] + kept
     peak, peak_small = replay.peak_allocated[rows], replay.peak_allocated_small[rows]
     small = replay.reserved_small[rows]
     # loading ends with nothing in flight; its peak is over
@@ -299,7 +299,7 @@ def _table(run: Run) -> pd.DataFrame:
     peak_small = np.where(turns == 0, small - replay.inactive_small[rows], peak_small)
     large = replay.reserved[rows] - small
     components = {
-        **{f"{owner}_mib": by_owner[owner] for owner in WEIGHTS},
+        **{f"{owner}_mib": by_owner[owner] for owner in WEIGHT_OWNERS},
         "quantisation_state_mib": by_owner["quantisation_state"],
         "kv_payload_mib": payload,
         "kv_copies_mib": kept - payload,

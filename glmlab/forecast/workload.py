@@ -1,14 +1,13 @@
 """A Workload: everything that a forecast depends on, and where its model's config comes from."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
 
 from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
-from glmlab.tracing.trace import Turn, load_recorded
+from glmlab.tracing.trace import TraceSettings, Turn, load_recorded
 
 Attention = Literal["sdpa", "eager"]
 CacheKind = Literal["dynamic", "static"]
@@ -47,7 +46,7 @@ class Workload:
     """
 
     name: str
-    config_json: str = ""  # config.json, canonical; "" for a recorded trace
+    config: Mapping[str, Any] = field(default_factory=dict)  # the fields of config.json; {} for a recorded trace
     recorded_trace: str = ""
     precision: str = "fp16"  # fp32, fp16, bf16, int8 or int4 (bitsandbytes; int4 is nf4)
     attention: Attention = "sdpa"
@@ -124,7 +123,7 @@ class Workload:
             name = str(config.get("_name_or_path") or model)
         return cls(
             name=name.rsplit("/", 1)[-1],
-            config_json=json.dumps(config, sort_keys=True),
+            config=config,
             turns=_turns(turns, tokens),
             **fields,
         )
@@ -161,6 +160,39 @@ class Workload:
         if self.architecture:
             return self.architecture
         return find_card(self.card).architecture if self.card else DEFAULT_ARCHITECTURE
+
+    def trace_settings(self) -> TraceSettings:
+        """What of the workload shapes its trace.
+
+        Raises:
+            WorkloadError: a static cache that is shorter than the turns.
+        """
+        from glmlab.tracing.cuda_rules import FUSED_4BIT_ROWS
+
+        static_tokens = 0
+        if self.cache == "static":
+            static_tokens = self.static_tokens or self.context_tokens
+            if static_tokens < self.context_tokens:
+                raise WorkloadError(
+                    f"a static cache of {static_tokens} tokens cannot hold the {self.context_tokens} tokens of these "
+                    "turns. Raise static_tokens, or leave it 0."
+                )
+        longest_prefill_rows = self.batch * max(turn.prompt for turn in self.turns)
+        return TraceSettings(
+            config=self.config,
+            name=self.name,
+            precision=self.precision,
+            attention=self.attention,
+            weights=self.weights,
+            cache=self.cache,
+            static_tokens=static_tokens,
+            batch=self.batch,
+            keeps=self.keeps,
+            all_logits=self.all_logits,
+            architecture=self.gpu_architecture,
+            without_effects=self.without_effects,
+            dequantise_4bit=self.precision == "int4" and longest_prefill_rows > FUSED_4BIT_ROWS,
+        )
 
 
 def parse_turns(text: str) -> tuple[Turn, ...]:

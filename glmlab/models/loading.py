@@ -5,9 +5,10 @@ bytes that the asked precision needs (sizes.py), folder -> model through transfo
 code is never run: ``trust_remote_code`` is always off.
 """
 
+import copy
 import importlib.metadata
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import ERROR, getLogger
@@ -224,8 +225,8 @@ def load_model(
     )
 
 
-def load_config(config_file: Path) -> Any:
-    """Read a config.json into transformers' config class, without code of the checkpoint.
+def load_config(config_file: Path | Mapping[str, Any]) -> Any:
+    """Build transformers' config class from a config.json (a file or its fields), without code of the checkpoint.
 
     Raises:
         CheckpointError: not JSON, no ``model_type``, or one that transformers does not know; dimensions that no model
@@ -236,44 +237,46 @@ def load_config(config_file: Path) -> Any:
         >>> load_config(find_config("chatglm3-6b")).num_hidden_layers
         28
     """
-    fields = read_config_json(config_file)
+    if isinstance(config_file, Path):
+        name, fields = config_file.name, read_config_json(config_file)
+    else:
+        name, fields = "config.json", copy.deepcopy(dict(config_file))  # transformers writes into nested fields
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"{config_file.name} says model_type {model_type!r}, which transformers {transformers.__version__} does "
+            f"{name} says model_type {model_type!r}, which transformers {transformers.__version__} does "
             "not know; the checkpoint's own code is never executed. Use a checkpoint in transformers' format."
         )
-    _refuse_foreign_code(config_file, fields)
+    _refuse_foreign_code(name, fields)
     if fields.get("quantization_config"):
         raise CheckpointError(
-            f"{config_file.name} has a quantization_config: its tensors are quantised already. Use the unquantised "
+            f"{name} has a quantization_config: its tensors are quantised already. Use the unquantised "
             "checkpoint; precision='int8' or 'int4' quantises it on load."
         )
     try:
-        config = AutoConfig.for_model(**{name: value for name, value in fields.items() if name not in _OVERRULED})
+        config = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _OVERRULED})
     except GlmlabError:
         raise
     except Exception as error:  # a strict config class refuses a value with an error of its own
         if isinstance(error.__cause__, GlmlabError):
             raise error.__cause__ from None
-        raise CheckpointError(f"{config_file.name} is not a usable {model_type} config: {error}") from error
+        raise CheckpointError(f"{name} is not a usable {model_type} config: {error}") from error
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
-            f"{config_file.name} describes a {model_type} model, which is not a causal language model. "
-            "Use one that generates text."
+            f"{name} describes a {model_type} model, which is not a causal language model. Use one that generates text."
         )
-    for name in _DIMENSIONS:
-        number = getattr(config, name, None)
-        most = _MOST_LAYERS if name == "num_hidden_layers" else None
+    for dimension in _DIMENSIONS:
+        number = getattr(config, dimension, None)
+        most = _MOST_LAYERS if dimension == "num_hidden_layers" else None
         if isinstance(number, int) and (number < 1 or (most and number > most)):
             raise CheckpointError(
-                f"{config_file.name} says {name} = {number}, which no model has{f' (1 to {most})' if most else ''}. "
+                f"{name} says {dimension} = {number}, which no model has{f' (1 to {most})' if most else ''}. "
                 "Take config.json from the checkpoint's own repository."
             )
     return config
 
 
-def _refuse_foreign_code(config_file: Path, fields: Any) -> None:
+def _refuse_foreign_code(file_name: str, fields: Any) -> None:
     """Refuse attention and kernels by name: transformers would fetch code of that name from the hub and run it."""
     if not isinstance(fields, dict):
         return
@@ -284,10 +287,10 @@ def _refuse_foreign_code(config_file: Path, fields: Any) -> None:
             allowed = not value or name.removeprefix("_") not in ("experts_implementation", "use_kernels")
         if not allowed:
             raise CheckpointError(
-                f"{config_file.name} says {name} = {value!r}, which names code outside PyTorch, and the suite runs "
+                f"{file_name} says {name} = {value!r}, which names code outside PyTorch, and the suite runs "
                 "none that a checkpoint asks for. Remove that field from the file."
             )
-        _refuse_foreign_code(config_file, value)
+        _refuse_foreign_code(file_name, value)
 
 
 def build_skeleton(config: Any) -> nn.Module:

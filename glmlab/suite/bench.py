@@ -151,7 +151,7 @@ def forecast_rows(_: int = 1, *, steps: int = 32_768) -> list[Row]:
     """Seconds of a forecast of ChatGLM3-6B-32K over its whole context: the replay, and the trace that it needs once."""
     workload = Workload.of("chatglm3-6b-32k", turns=[(DEFAULT_PROMPT, steps - DEFAULT_PROMPT + 1)])
     started = time.perf_counter()
-    traced = trace(workload, refresh=True)
+    traced = trace(workload.trace_settings(), refresh=True)
     trace_s = time.perf_counter() - started
     (speed,) = benchmark_replay(traced, steps=[steps - DEFAULT_PROMPT + 1], prompt=DEFAULT_PROMPT)
     return [

@@ -64,7 +64,7 @@ EFFECTS: dict[str, Effect] = {
         "bitsandbytes/backends/cuda/ops.py, gemm_4bit and _dequant_linear_fallback",
     ),
 }
-"""Modelled; ``Workload.without_effects`` switches entries off by name."""
+"""Modelled; ``TraceSettings.without_effects`` switches entries off by name."""
 
 NOT_MODELLED: dict[str, Effect] = {
     "flash-split-kv": Effect(

@@ -69,7 +69,7 @@ def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, store
     Args:
         recorder: its current row is the loading.
         model: skeleton on the meta device, in the dtype of everything that is not quantised.
-        precision: as in :class:`~glmlab.forecast.workload.Workload`.
+        precision: as in :class:`~glmlab.tracing.trace.TraceSettings`.
         stored_dtype: dtype of the checkpoint's tensors; None = that of the model.
 
     Raises:
@@ -118,7 +118,7 @@ def build_random_on_meta(recorder: AllocationRecorder, config: Any, precision: s
     Args:
         recorder: its current row is the loading.
         config: of the model.
-        precision: as in :class:`~glmlab.forecast.workload.Workload`.
+        precision: as in :class:`~glmlab.tracing.trace.TraceSettings`.
         dtype: of everything that is not quantised.
     """
     if precision in FLOAT_PRECISIONS:

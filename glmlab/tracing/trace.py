@@ -25,7 +25,7 @@ File
 import json
 import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,13 +41,13 @@ from glmlab.core.units import MIB, format_bytes
 FORMAT = 2
 """Version of the file format; a file of another version is refused."""
 
-WEIGHTS = ("weights_attention", "weights_mlp", "weights_embedding", "weights_head", "weights_norms")
+WEIGHT_OWNERS = ("weights_attention", "weights_mlp", "weights_embedding", "weights_head", "weights_norms")
 """Owners of the model's parameters, by kind; biases count to their layer, buffers (rotary tables) to the norms."""
 
 OWNERS = (
     "activations",
     "workspace",
-    *WEIGHTS,
+    *WEIGHT_OWNERS,
     "quantisation_state",
     "kv_cache",
     "kept_outputs",
@@ -73,6 +73,25 @@ class Turn(NamedTuple):
 
     prompt: int
     generated: int
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """Everything that shapes a trace: a model and how it runs, not how long its conversation is."""
+
+    config: Mapping[str, Any]  # the fields of config.json
+    name: str  # of the model
+    precision: str = "fp16"  # fp32, fp16, bf16, int8 or int4 (bitsandbytes; int4 is nf4)
+    attention: str = "sdpa"  # or "eager"
+    weights: str = "checkpoint"  # or "random", as load_model's; each is loaded another way
+    cache: str = "dynamic"  # or "static"
+    static_tokens: int = 0  # length of a static cache
+    batch: int = 1
+    keeps: tuple[str, ...] = ()  # what the caller holds on to between steps and turns
+    all_logits: bool = False  # the prefill computes logits of every token, not of the last alone
+    architecture: str = "ada"  # of the GPU
+    without_effects: tuple[str, ...] = ()  # names of cuda_rules.EFFECTS that are switched off
+    dequantise_4bit: bool = False  # prefills have so many rows that bitsandbytes unpacks 4-bit weights first
 
 
 class Request(NamedTuple):

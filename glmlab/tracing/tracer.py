@@ -5,8 +5,8 @@ then turns of :func:`glmlab.generation.decoding.decode_steps`, greedy, over one 
 conversations are recorded; :mod:`glmlab.tracing.fitting` turns them into an :class:`AllocationTrace` that holds
 for any conversation, and refuses where sizes stop being affine in the context length or the order of events changes.
 
-A trace depends on the config, on the workload's fields other than its turns, and on the code: it is cached by the
-content of all three, in ``$GLMLAB_CACHE`` or the user's cache folder.
+A trace depends on its settings (config included) and on the code: it is cached by the content of both, in
+``$GLMLAB_CACHE`` or the user's cache folder.
 """
 
 import contextlib
@@ -17,9 +17,8 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,11 +28,10 @@ from torch import Tensor
 
 from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import cache_folder
-from glmlab.forecast.workload import Workload, WorkloadError
 from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
 from glmlab.tracing import fitting
-from glmlab.tracing.cuda_rules import EFFECTS, FUSED_4BIT_ROWS, DeviceRules
+from glmlab.tracing.cuda_rules import EFFECTS, DeviceRules
 from glmlab.tracing.fitting import Step, build_trace
 from glmlab.tracing.meta_loading import build_random_on_meta, dtype_of, load_on_meta, owner_of_loaded
 from glmlab.tracing.recorder import AllocationRecorder, OperationRule, module_paths, record_allocations
@@ -43,8 +41,8 @@ from glmlab.tracing.trace import (
     AllocationTrace,
     TraceError,
     TraceFacts,
+    TraceSettings,
     Turn,
-    load_recorded,
     read_trace,
 )
 
@@ -71,33 +69,33 @@ _LOADING = {
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
-def trace(workload: Workload, *, refresh: bool = False) -> AllocationTrace:
-    """Every allocation and free of loading, prefills and decode steps, free in its turns.
+def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
+    """Every allocation and free of loading, prefills and decode steps, for any turns.
 
     Args:
-        workload: a model's, or a recorded trace's (which is read, not traced).
+        settings: a forecast's ``Workload.trace_settings()`` makes them.
         refresh: trace again, whatever the cache holds.
 
     Raises:
         TraceError: the config describes no model that can be built or run, sizes are not affine in the context length,
-            the order of events changes, or something stays alive that nobody is known to hold.
-        WorkloadError: a static cache that is shorter than the turns.
+            the order of events changes, or something stays alive that nobody is known to hold; a static cache that is
+            too short to trace, or an unknown effect.
 
     Example:
-        >>> workload = Workload.of("chatglm3-6b", precision="fp16")
-        >>> trace(workload).facts.kv_bytes_per_token
+        >>> from glmlab.models.checkpoint_files import read_config_json
+        >>> from glmlab.models.checkpoints import find_config
+        >>> config = read_config_json(find_config("chatglm3-6b"))
+        >>> trace(TraceSettings(config, "ChatGLM3-6B")).facts.kv_bytes_per_token
         28672
     """
-    if workload.recorded_trace:
-        return load_recorded(workload.recorded_trace)
-    settings = _settings(workload)
+    _check(settings)
     path = cache_folder() / f"trace-{_digest(settings)}.npz"
     if not refresh and path.is_file():
         try:
             return read_trace(path)
         except TraceError as error:
             warnings.warn(f"the cached trace is damaged and made again: {error}", stacklevel=2)
-    made = _record(workload, settings)
+    made = _record(settings)
     try:
         made.save(path)
     except OSError as error:
@@ -105,45 +103,20 @@ def trace(workload: Workload, *, refresh: bool = False) -> AllocationTrace:
     return made
 
 
-def _settings(workload: Workload) -> dict[str, Any]:
-    """What shapes a trace, beside config and code."""
-    static_tokens = 0
-    if workload.cache == "static":
-        static_tokens = workload.static_tokens or workload.context_tokens
-        if static_tokens < workload.context_tokens:
-            raise WorkloadError(
-                f"a static cache of {static_tokens} tokens cannot hold the {workload.context_tokens} tokens of these "
-                "turns. Raise static_tokens, or leave it 0."
-            )
-        if static_tokens < LONGEST:
-            raise WorkloadError(
-                f"a static cache of {static_tokens} tokens is shorter than the {LONGEST} tokens that tracing needs. "
-                f"Use static_tokens={LONGEST} or more."
-            )
-    unknown = set(workload.without_effects) - set(EFFECTS)
+def _check(settings: TraceSettings) -> None:
+    if settings.cache == "static" and settings.static_tokens < LONGEST:
+        raise TraceError(
+            f"a static cache of {settings.static_tokens} tokens is shorter than the {LONGEST} tokens that tracing "
+            f"needs. Use static_tokens={LONGEST} or more."
+        )
+    unknown = set(settings.without_effects) - set(EFFECTS)
     if unknown:
-        raise WorkloadError(f"no effect {sorted(unknown)[0]!r} to switch off. There is: {', '.join(EFFECTS)}.")
-    rows = workload.batch * max(turn.prompt for turn in workload.turns)
-    return {
-        "precision": workload.precision,
-        "attention": workload.attention,
-        "weights": workload.weights,
-        "cache": workload.cache,
-        "static_tokens": static_tokens,
-        "batch": workload.batch,
-        "keeps": sorted(workload.keeps),
-        "all_logits": workload.all_logits,
-        "architecture": workload.gpu_architecture,
-        "without_effects": sorted(workload.without_effects),
-        "dequantise_4bit": workload.precision == "int4" and rows > FUSED_4BIT_ROWS,
-        "config": json.loads(workload.config_json),
-        "name": workload.name,
-    }
+        raise TraceError(f"no effect {sorted(unknown)[0]!r} to switch off. There is: {', '.join(EFFECTS)}.")
 
 
-def _digest(settings: dict[str, Any]) -> str:
+def _digest(settings: TraceSettings) -> str:
     """Name of a trace: a digest of its settings, of the code that makes it, and of the packages' versions."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode())
     package = Path(__file__).parent.parent
     for file in sorted(file for folder in _CODE_FOLDERS for file in (package / folder).glob("*.py")):
         digest.update(file.read_bytes())
@@ -151,28 +124,33 @@ def _digest(settings: dict[str, Any]) -> str:
     return digest.hexdigest()[:24]
 
 
+def _as_json(settings: TraceSettings) -> dict[str, Any]:
+    return {
+        **asdict(settings),
+        "keeps": sorted(settings.keeps),
+        "without_effects": sorted(settings.without_effects),
+    }
+
+
 def _versions() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in _PACKAGES}
 
 
-def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
+def _record(settings: TraceSettings) -> AllocationTrace:
     try:
-        with TemporaryDirectory() as folder:
-            file = Path(folder) / "config.json"
-            file.write_text(workload.config_json, encoding="utf-8")
-            config = load_config(file)
-        config._attn_implementation = workload.attention
+        config = load_config(settings.config)
+        config._attn_implementation = settings.attention
         stored_dtype = config.dtype
-        config.dtype = dtype_of(config, workload.precision)
+        config.dtype = dtype_of(config, settings.precision)
         model: Any = build_skeleton(config).eval()
     except GlmlabError:
         raise
     except Exception as error:
         raise TraceError(
-            f"{workload.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
+            f"{settings.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
             "sizes (hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
         ) from error
-    run = _Run(workload, settings, model, config, stored_dtype)
+    run = _Run(settings, model, config, stored_dtype)
     try:
         with _undisturbed():
             return run.record()
@@ -184,7 +162,7 @@ def _record(workload: Workload, settings: dict[str, Any]) -> AllocationTrace:
             f"{', '.join(MODEL_TYPES)}."
         )  # fmt: skip
         raise TraceError(
-            f"{workload.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
+            f"{settings.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
             "in its config.json; if they are right, please report this."
         ) from error
 
@@ -260,55 +238,53 @@ class _Scalars:
 class _Run:
     """One recording: loading, then the conversations."""
 
-    def __init__(
-        self, workload: Workload, settings: dict[str, Any], model: Any, config: Any, stored_dtype: torch.dtype | None
-    ) -> None:
-        self.workload, self.settings, self.model, self.config = workload, settings, model, config
+    def __init__(self, settings: TraceSettings, model: Any, config: Any, stored_dtype: torch.dtype | None) -> None:
+        self.settings, self.model, self.config = settings, model, config
         self.stored_dtype = stored_dtype
         self.recorder = AllocationRecorder()
         self.scalars = _Scalars()
         self.device = DeviceRules(
-            settings["architecture"],
-            frozenset(settings["without_effects"]),
-            settings["dequantise_4bit"],
-            workload.batch,
+            settings.architecture,
+            frozenset(settings.without_effects),
+            settings.dequantise_4bit,
+            settings.batch,
         )
         self.steps: list[Step] = []
         self.kv_bytes_per_token = 0
 
     def record(self) -> AllocationTrace:
         """Run everything; return the trace."""
-        workload, recorder = self.workload, self.recorder
+        settings, recorder = self.settings, self.recorder
         operations = {**self.device.operations(), **self.scalars.rules()}
         recorder.begin("load")
         with record_allocations(recorder, operations=operations, functions=self.device.functions()):
-            if workload.weights == "random":
-                self.model = build_random_on_meta(recorder, self.config, workload.precision, self.model.dtype)
+            if settings.weights == "random":
+                self.model = build_random_on_meta(recorder, self.config, settings.precision, self.model.dtype)
             else:
-                self.model = load_on_meta(recorder, self.model, workload.precision, self.stored_dtype)
+                self.model = load_on_meta(recorder, self.model, settings.precision, self.stored_dtype)
             self.owners = owner_of_loaded(recorder, self.model)
             fitting.check_loaded(recorder, self.owners)
-            if workload.all_logits:
+            if settings.all_logits:
                 self.model._supports_logits_to_keep = lambda: False
             with module_paths(recorder, self.model):
                 for number, conversation in enumerate(CONVERSATIONS):
                     self._converse(number, conversation)
         facts = TraceFacts(
-            model=workload.name,
-            precision=workload.precision,
+            model=settings.name,
+            precision=settings.precision,
             kv_bytes_per_token=self.kv_bytes_per_token,
             context_limit=int(self.config.max_position_embeddings),
             first_prompt_min=2,
             later_prompt_min=2,
             description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
-            f"{_LOADING[workload.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
+            f"{_LOADING[settings.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
             "meta device",
-            workload={name: value for name, value in self.settings.items() if name not in ("config", "name")},
+            workload={name: value for name, value in _as_json(settings).items() if name not in ("config", "name")},
             versions=_versions(),
             effects={
                 name: f"{effect.size} ({effect.source})"
                 for name, effect in EFFECTS.items()
-                if name not in workload.without_effects
+                if name not in settings.without_effects
             },
         )
         return build_trace(recorder, self.steps, self.owners, facts)
@@ -318,13 +294,13 @@ class _Run:
         report: Any = None  # and nobody asks how the model was loaded
         loaded = LoadedModel(self.model, tokenizer, report)
         cache = self._new_cache()
-        keep = decoding.Keep(top_k=0, logits="logits" in self.workload.keeps)
+        keep = decoding.Keep(top_k=0, logits="logits" in self.settings.keeps)
         previous: list[Tensor] = []
         cached = 0
         for number, (prompt, generated) in enumerate(turns, start=1):
             turn = 100 * conversation + number
             prefix = "later" if cached else "first"
-            ids = [[0] * (cached + prompt)] * self.workload.batch
+            ids = [[0] * (cached + prompt)] * self.settings.batch
             self.recorder.begin(f"{prefix}.{STEP_NAMES[0]}", turn, cached + prompt, prompt)
             steps = decoding.decode_steps(loaded, ids, max_new_tokens=generated, keep=keep, cache=cache)
             step = None
@@ -339,9 +315,9 @@ class _Run:
             self.recorder.begin(f"{prefix}.end{short}", turn, cached + prompt + generated - 1, prompt + generated - 1)
             if next(steps, None) is not None:
                 raise TraceError("the generation loop did not end with its last token. Please report this.")
-            if "logits" not in self.workload.keeps:
+            if "logits" not in self.settings.keeps:
                 del step
-            if "previous cache" in self.workload.keeps:
+            if "previous cache" in self.settings.keeps:
                 previous = _tensors_of(cache)
             cached += prompt + generated - 1
         self.recorder.begin("between conversations")
@@ -350,8 +326,8 @@ class _Run:
             self.device.workspace = None
 
     def _new_cache(self) -> Any:
-        if self.workload.cache == "static":
-            return transformers.StaticCache(config=self.config, max_cache_len=self.settings["static_tokens"])
+        if self.settings.cache == "static":
+            return transformers.StaticCache(config=self.config, max_cache_len=self.settings.static_tokens)
         return transformers.DynamicCache(config=self.config)
 
     def _note_step(self, turn: int, index: int, cache: Any, step: Any, previous: list[Tensor]) -> None:
@@ -359,23 +335,23 @@ class _Run:
         number_of = self.recorder.number_of
         if step.context_length != self.recorder.rows[-1].context:
             raise TraceError(
-                f"{self.workload.name}: the cache counts {step.context_length} tokens where "
+                f"{self.settings.name}: the cache counts {step.context_length} tokens where "
                 f"{self.recorder.rows[-1].context} were fed; such a cache cannot be forecast. Please report this."
             )
         tensors = _tensors_of(cache)
         kv = tuple(number_of(tensor) for tensor in tensors)
         context = self.recorder.rows[-1].context
         payload = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.dim() == 4)
-        length = self.settings["static_tokens"] or context
+        length = self.settings.static_tokens if self.settings.cache == "static" else context
         expected = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 4)
         if payload != expected or payload % length:
             raise TraceError(
-                f"{self.workload.name}: the cache holds {payload} B of keys and values for {context} tokens, which is "
+                f"{self.settings.name}: the cache holds {payload} B of keys and values for {context} tokens, which is "
                 "no whole number of bytes a token; such a cache cannot be forecast. Please report this."
             )
         self.kv_bytes_per_token = payload // length
         of_step = [value for value in (step.logits, step.chosen_probability) if isinstance(value, Tensor)]
-        kept = [number_of(tensor) for tensor in of_step] if "logits" in self.workload.keeps else []
+        kept = [number_of(tensor) for tensor in of_step] if "logits" in self.settings.keeps else []
         held = frozenset(number_of(tensor) for tensor in previous)
         self.steps.append(
             Step(

@@ -103,7 +103,7 @@ def test_plan_covers_what_forecasts_are_held_against() -> None:
 def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: Run) -> None:
     turns = load_conversation("long").turns[: run.turns]
     answers = sum(turn.max_new_tokens for turn in turns)
-    config = json.loads(Workload.of(run.model).config_json)
+    config = Workload.of(run.model).config
     limit = STATIC_TOKENS if run.cache == "static" else config.get("max_position_embeddings", config.get("seq_length"))
     longest_prompt = 60 * len(turns)
     assert answers > 2100
@@ -112,7 +112,7 @@ def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: R
 
 
 def test_timed_lengths_and_the_steps_behind_them_stay_within_the_models_limit() -> None:
-    config = json.loads(Workload.of("chatglm3-6b").config_json)
+    config = Workload.of("chatglm3-6b").config
     assert max(LATENCY_TOKENS) + 35 <= config["seq_length"]
 
 

@@ -50,7 +50,7 @@ def check_snapshot(path: Path) -> None:
     report = replay_snapshot(snapshot)
     assert report.is_equal, f"{path.name}: {report}"
     workload = workload_of_notes(path.name, notes, notes["turns"])
-    compared = compare_sequence(trace(workload), snapshot)
+    compared = compare_sequence(trace(workload.trace_settings()), snapshot)
     assert compared.is_equal, f"{path.name}: {compared}"
 
 
@@ -107,7 +107,7 @@ def workload() -> Workload:
 
 
 def test_snapshot_that_the_trace_explains_passes_and_one_with_scratch_does_not(tmp_path: Path) -> None:
-    told = trace(workload())
+    told = trace(workload().trace_settings())
     check_snapshot(save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN), NOTES), tmp_path / "good.json.gz"))
 
     scratch = save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN, 4096), NOTES), tmp_path / "scratch.json.gz")
@@ -116,7 +116,7 @@ def test_snapshot_that_the_trace_explains_passes_and_one_with_scratch_does_not(t
 
 
 def test_snapshot_whose_addresses_are_not_the_allocators_does_not_pass(tmp_path: Path) -> None:
-    snapshot = traced_snapshot(trace(workload()), SNAPSHOT_TURN)
+    snapshot = traced_snapshot(trace(workload().trace_settings()), SNAPSHOT_TURN)
     events = snapshot["device_traces"][0]
     freed = {event["addr"] for event in events if event["action"] == "free_completed"}
     moved = next(event for event in events if event["action"] == "alloc" and event["addr"] in freed)

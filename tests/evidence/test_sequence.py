@@ -21,7 +21,7 @@ TURN = Turn(8, 21)
 
 
 def traced(**fields: Any) -> AllocationTrace:
-    return trace(Workload.of(str(data_path("tiny-chatglm3")), weights="random", **fields))
+    return trace(Workload.of(str(data_path("tiny-chatglm3")), weights="random", **fields).trace_settings())
 
 
 @pytest.fixture(scope="module")

@@ -201,9 +201,9 @@ def test_recording_allocates_what_a_trace_of_its_workload_does(
     assert (told.cache, told.static_tokens) == (("dynamic", 0) if static_tokens is None else ("static", 4096))
     assert [turn.generated for turn in told.turns] == [question.max_new_tokens for question in QUESTIONS]
 
-    expected = trace(told)
+    expected = trace(told.trace_settings())
     monkeypatch.setattr(tracing.decoding, "decode_steps", partial(decode_steps, generation_config=seen["config"]))
-    made = trace(told, refresh=True)
+    made = trace(told.trace_settings(), refresh=True)
     assert made.labels == expected.labels
     for name in ("first.prefill", "first.step2", "steady", "later.prefill"):
         assert made.program.slots(name) == expected.program.slots(name) > 0

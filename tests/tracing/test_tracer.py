@@ -70,7 +70,7 @@ def labels(made: AllocationTrace, section: str) -> Counter[str]:
     ("model", "kv_heads"), [("chatglm3-6b", 2), ("glm-4-9b-chat-hf", 2), ("qwen2.5-7b", 4), ("llama-2-7b", 32)]
 )
 def test_every_model_of_the_suite_is_traced(model: str, kv_heads: int) -> None:
-    made = trace(shallow(model))
+    made = trace(shallow(model).trace_settings())
     assert made.facts.kv_bytes_per_token == 2 * LAYERS * kv_heads * 128 * 2
     assert made.program.carried["steady"] == made.program.carried["later.step3"]
     assert len(made.program.carried["steady"]) == 2 * LAYERS
@@ -133,7 +133,7 @@ def test_weights_are_the_models_bytes() -> None:
 
 
 def test_loading_begins_with_the_warm_up_block_and_quantises_tensor_by_tensor() -> None:
-    made = trace(shallow("chatglm3-6b", precision="int4"))
+    made = trace(shallow("chatglm3-6b", precision="int4").trace_settings())
     first, second = allocations(made.program, "load")[:2]
     warm_up = made.request(int(first), 0, 0)
     assert warm_up.operation == "loader's warm-up block"
@@ -191,7 +191,7 @@ def test_eager_attention_forms_a_matrix_of_scores() -> None:
 def test_workspace_follows_the_architecture() -> None:
     sizes = {}
     for architecture in ("ada", "hopper"):
-        made = trace(shallow("chatglm3-6b", architecture=architecture))
+        made = trace(shallow("chatglm3-6b", architecture=architecture).trace_settings())
         workspace = [
             made.request(int(event), 11, 11).requested_bytes
             for event in allocations(made.program, "first.prefill")
@@ -209,15 +209,15 @@ def test_workspace_follows_the_architecture() -> None:
 def test_4bit_weights_are_dequantised_by_products_of_many_rows(
     batch: int, turns: str, in_prefill: int, in_step: int
 ) -> None:
-    made = trace(shallow("chatglm3-6b", precision="int4", batch=batch, turns=turns))
+    made = trace(shallow("chatglm3-6b", precision="int4", batch=batch, turns=turns).trace_settings())
     linears = LAYERS * 6  # q, k, v, o, gate and up, down
     assert labels(made, "first.prefill")["dequantize_4bit"] == linears * in_prefill
     assert labels(made, "steady")["dequantize_4bit"] == linears * in_step
 
 
 def test_grouped_heads_without_flash_attention_use_the_unfused_form() -> None:
-    fused = labels(trace(shallow("chatglm3-6b", architecture="ada")), "steady")
-    unfused = labels(trace(shallow("chatglm3-6b", architecture="turing")), "steady")
+    fused = labels(trace(shallow("chatglm3-6b", architecture="ada").trace_settings()), "steady")
+    unfused = labels(trace(shallow("chatglm3-6b", architecture="turing").trace_settings()), "steady")
     assert "aten.bmm.default" not in fused
     assert unfused["aten.bmm.default"] == 2 * LAYERS
 
@@ -386,26 +386,26 @@ def test_impossible_configs_are_refused(change: dict[str, Any], message: str, ca
     before = sorted(cache_folder.iterdir())
     config = {**read_config_json(find_config("chatglm3-6b")), "num_layers": 1, **change}
     with pytest.raises(GlmlabError, match=message):
-        trace(Workload.of(config))
+        trace(Workload.of(config).trace_settings())
     assert sorted(cache_folder.iterdir()) == before
 
 
 def test_int4_needs_blocks_of_64() -> None:
     config = {**read_config_json(find_config("chatglm3-6b")), "num_layers": 1, "ffn_hidden_size": 1000}
     with pytest.raises(TraceError, match="mlp.down_proj has 1000 inputs. Use int8"):
-        trace(Workload.of(config, precision="int4"))
+        trace(Workload.of(config, precision="int4").trace_settings())
 
 
 def test_a_static_cache_must_hold_the_turns() -> None:
     with pytest.raises(WorkloadError, match="static cache of 100 tokens cannot hold"):
-        trace(shallow("chatglm3-6b", cache="static", static_tokens=100, turns="8:200"))
-    with pytest.raises(WorkloadError, match=f"Use static_tokens={LONGEST}"):
-        trace(shallow("chatglm3-6b", cache="static", turns="8:50"))
+        trace(shallow("chatglm3-6b", cache="static", static_tokens=100, turns="8:200").trace_settings())
+    with pytest.raises(TraceError, match=f"Use static_tokens={LONGEST}"):
+        trace(shallow("chatglm3-6b", cache="static", turns="8:50").trace_settings())
 
 
 def test_unknown_effects_are_named() -> None:
-    with pytest.raises(WorkloadError, match="no effect 'magic'.*cublas-workspace"):
-        trace(shallow("chatglm3-6b", without_effects=("magic",)))
+    with pytest.raises(TraceError, match="no effect 'magic'.*cublas-workspace"):
+        trace(shallow("chatglm3-6b", without_effects=("magic",)).trace_settings())
 
 
 # ----------------------------------------------------------------------------------------------- cache
@@ -413,43 +413,43 @@ def test_unknown_effects_are_named() -> None:
 
 def test_the_cache_is_used_and_follows_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GLMLAB_CACHE", str(tmp_path))
-    made = trace(shallow("llama-2-7b"))
+    made = trace(shallow("llama-2-7b").trace_settings())
     (file,) = tmp_path.iterdir()
 
     def refuse(*_: object) -> AllocationTrace:
         raise AssertionError("traced again")
 
     monkeypatch.setattr(tracing, "_record", refuse)
-    again = trace(shallow("llama-2-7b", turns="30:7"))  # turns do not matter
+    again = trace(shallow("llama-2-7b", turns="30:7").trace_settings())  # turns do not matter
     assert np.array_equal(again.program.events, made.program.events)
     with pytest.raises(AssertionError, match="traced again"):
-        trace(shallow("llama-2-7b", batch=2))
+        trace(shallow("llama-2-7b", batch=2).trace_settings())
     with pytest.raises(AssertionError, match="traced again"):
-        trace(shallow("llama-2-7b"), refresh=True)
+        trace(shallow("llama-2-7b").trace_settings(), refresh=True)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_an_edit_of_the_code_makes_the_trace_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = shallow("llama-2-7b")
-    name = tracing._digest(tracing._settings(workload))
-    assert tracing._digest(tracing._settings(workload)) == name
+    name = tracing._digest(workload.trace_settings())
+    assert tracing._digest(workload.trace_settings()) == name
     edited = Path(tracing.__file__).with_name("recorder.py")
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read_bytes(file) + b"#" * (file == edited))
-    assert tracing._digest(tracing._settings(workload)) != name
+    assert tracing._digest(workload.trace_settings()) != name
 
 
 def test_a_damaged_cache_file_is_traced_again_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GLMLAB_CACHE", str(tmp_path))
-    made = trace(shallow("llama-2-7b"))
+    made = trace(shallow("llama-2-7b").trace_settings())
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.warns(UserWarning, match="cached trace is damaged and made again"):
-        again = trace(shallow("llama-2-7b"))
+        again = trace(shallow("llama-2-7b").trace_settings())
     assert again.facts == made.facts
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trace(shallow("llama-2-7b"))
+        trace(shallow("llama-2-7b").trace_settings())
 
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -457,11 +457,11 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch,
     blocked.write_text("no folder")
     monkeypatch.setenv("GLMLAB_CACHE", str(blocked / "cache"))
     with pytest.warns(UserWarning, match="could not be cached"):
-        trace(shallow("llama-2-7b"))
+        trace(shallow("llama-2-7b").trace_settings())
 
 
 def test_traces_of_two_runs_are_equal() -> None:
-    one, two = (trace(shallow("qwen2.5-7b"), refresh=True) for _ in range(2))
+    one, two = (trace(shallow("qwen2.5-7b").trace_settings(), refresh=True) for _ in range(2))
     assert np.array_equal(one.program.events, two.program.events)
     assert np.array_equal(one.program.sizes, two.program.sizes)
     assert tuple(one.program.owners) == OWNERS
@@ -473,9 +473,9 @@ def test_traces_of_two_runs_are_equal() -> None:
     "fields", [{}, {"attention": "eager"}, {"precision": "int8"}, {"cache": "static", "static_tokens": 4096}], ids=str
 )
 def test_repeating_known_operations_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    remembered = trace(shallow("chatglm3-6b", **fields), refresh=True)
+    remembered = trace(shallow("chatglm3-6b", **fields).trace_settings(), refresh=True)
     monkeypatch.setattr("glmlab.tracing.recorder._gives_fresh_tensor", lambda _: False)
-    computed = trace(shallow("chatglm3-6b", **fields), refresh=True)
+    computed = trace(shallow("chatglm3-6b", **fields).trace_settings(), refresh=True)
     assert np.array_equal(remembered.program.events, computed.program.events)
     assert np.array_equal(remembered.program.sizes, computed.program.sizes)
     assert remembered.labels == computed.labels
