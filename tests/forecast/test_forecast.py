@@ -33,7 +33,7 @@ from glmlab.forecast.workload import Workload, WorkloadError, parse_turns
 from glmlab.tracing.trace import (
     MOST_BYTES,
     OWNERS,
-    WEIGHTS,
+    WEIGHT_OWNERS,
     AllocationTrace,
     TraceError,
     TraceFacts,
@@ -110,7 +110,7 @@ def test_next_rise_of_a_longer_conversation() -> None:
 
 
 def test_columns_of_the_weights_are_the_owners_of_the_trace() -> None:
-    assert tuple(f"{owner}_mib" for owner in WEIGHTS) == WEIGHT_COLUMNS
+    assert tuple(f"{owner}_mib" for owner in WEIGHT_OWNERS) == WEIGHT_COLUMNS
 
 
 @pytest.mark.parametrize("empty_cache", [(), ("load",), ("load", "turn")])
