@@ -11,7 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from glmlab.figures.settings import FigureError, current_settings, pt, tr
 from glmlab.figures.style import STYLE, SuiteFigure, drawing, legend_below, set_size, text_width_in
-from glmlab.prompts.table import ROLE_COLORS, visible
+from glmlab.prompts.format import ROLE_COLORS, visible
 
 _WIDTH_INCHES = 6.3
 _MOST_TOKENS = 400  # about two pages

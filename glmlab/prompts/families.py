@@ -1,7 +1,7 @@
 """The same conversation in several families' chat formats, side by side.
 
-A format can be compared by its template alone: its text, what surrounds the messages, its special tokens. Token counts
-need the family's tokenizer; where it is not on the machine they are left out, never estimated.
+Characters and special tokens follow from a format's template alone. Token counts need the family's tokenizer; without
+it they are left out, never estimated.
 """
 
 import json
@@ -13,15 +13,15 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
-from glmlab.prompts.encoding import dissect
-from glmlab.prompts.format import Message, Segment, SegmentKind, chat_segments, check_messages
+from glmlab.prompts.format import Message, PromptError, Segment, SegmentKind, chat_segments, check_messages
+from glmlab.prompts.table import dissect
 from glmlab.prompts.templates import template_segments
 
+FORMATS = ("ChatGLM3", "Qwen2.5", "GLM-4")
 
-class FormatError(GlmlabError):
-    """A chat format that the suite does not know."""
+_ONE_TURN: tuple[Message, ...] = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
+_KINDS = get_args(SegmentKind)
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,19 @@ def chat_format(name: str) -> ChatFormat:
     """A published format: "ChatGLM3", "Qwen2.5" or "GLM-4".
 
     Raises:
-        FormatError: another name.
+        PromptError: another name.
 
     Example:
         >>> print(chat_format("GLM-4").text([{"role": "user", "content": "你是谁"}]))
         [gMASK]<sop><|user|>
         你是谁<|assistant|>
     """
-    known = json.loads(data_path("templates", "formats.json").read_text(encoding="utf-8"))
-    if name not in known:
-        raise FormatError(f"no chat format {name!r}. There are {', '.join(known)}.")
-    entry = known[name]
+    if name not in FORMATS:
+        raise PromptError(f"no chat format {name!r}. There are {', '.join(FORMATS)}.")
+    entry = json.loads(data_path("templates", "formats.json").read_text(encoding="utf-8"))[name]
     file = entry.get("template")
-    return ChatFormat(
-        name,
-        None if file is None else data_path("templates", file).read_text(encoding="utf-8").removesuffix("\n"),
-        tuple(entry["special_tokens"]),
-        entry["source"],
-    )
-
-
-FORMATS = ("ChatGLM3", "Qwen2.5", "GLM-4")
-
-_ONE_TURN: tuple[Message, ...] = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
+    template = file and data_path("templates", file).read_text(encoding="utf-8").removesuffix("\n")
+    return ChatFormat(name, template, tuple(entry["special_tokens"]), entry["source"])
 
 
 def compare_formats(
@@ -104,8 +94,7 @@ def compare_formats(
         ``tokens``. A count is missing (<NA>) where the format's tokenizer was not given.
 
     Raises:
-        PromptError: the messages break a rule.
-        FormatError: a tokenizer for a format that is not compared.
+        PromptError: the messages break a rule, or a tokenizer is for a format that is not compared.
 
     Example:
         >>> table = compare_formats([{"role": "user", "content": "你好"}])
@@ -113,54 +102,53 @@ def compare_formats(
         {'ChatGLM3': 2, 'Qwen2.5': 4, 'GLM-4': 2}
     """
     tokenizers = tokenizers or {}
-    if unknown := [name for name in tokenizers if name not in FORMATS]:
-        raise FormatError(f"no chat format {unknown[0]!r}. There are {', '.join(FORMATS)}.")
-    rows = {name: _compared(chat_format(name), messages, tokenizers.get(name)) for name in FORMATS}
-    table = pd.DataFrame.from_dict(rows, orient="index").astype("Int64")
-    table.index.name = "format"
-    return table
-
-
-def _compared(chat: ChatFormat, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None) -> pd.Series:
-    segments = chat.segments(messages)
-    one, two = (chat.segments(_ONE_TURN * turns, add_generation_prompt=False) for turns in (1, 2))
-    counts: dict[str, int | None] = {
-        "text_characters": sum(len(segment.text) for segment in segments if segment.kind == "text"),
-        "frame_characters": _frame_characters(segments),
-        "special_tokens": _special_count(chat, segments),
-        "special_tokens_per_turn": _special_count(chat, two) - _special_count(chat, one),
-        "frame_characters_per_turn": _frame_characters(two) - _frame_characters(one),
-        "frame_tokens_per_turn": None,
+    for name in tokenizers:
+        chat_format(name)
+    rows = {
+        name: {**_characters(chat_format(name), messages), **_tokens(tokenizers.get(name), messages)}
+        for name in FORMATS
     }
-    kinds = get_args(SegmentKind)
-    counts |= {f"{kind.replace(' ', '_')}_tokens": None for kind in kinds}
-    counts["tokens"] = None
-    if tokenizer is not None:
-        one_turn, two_turns = (
-            int((dissect(tokenizer, _ONE_TURN * turns, add_generation_prompt=False)["kind"] != "text").sum())
-            for turns in (1, 2)
-        )
-        counts["frame_tokens_per_turn"] = two_turns - one_turn
-        tokens = dissect(tokenizer, messages)["kind"].value_counts()
-        counts |= {f"{kind.replace(' ', '_')}_tokens": int(tokens.get(kind, 0)) for kind in kinds}
-        counts["tokens"] = int(tokens.sum())
-    return pd.Series(counts, dtype="object")
+    return pd.DataFrame.from_dict(rows, orient="index").astype("Int64").rename_axis("format")
 
 
-def _frame_characters(segments: Sequence[Segment]) -> int:
-    return sum(len(segment.text) for segment in segments if segment.kind != "text")
+def _characters(chat: ChatFormat, messages: Sequence[Message]) -> dict[str, int]:
+    segments = chat.segments(messages)
+    one, two = (_frame(chat, chat.segments(_ONE_TURN * turns, add_generation_prompt=False)) for turns in (1, 2))
+    characters, special = _frame(chat, segments)
+    return {
+        "text_characters": sum(len(segment.text) for segment in segments if segment.kind == "text"),
+        "frame_characters": characters,
+        "special_tokens": special,
+        "special_tokens_per_turn": two[1] - one[1],
+        "frame_characters_per_turn": two[0] - one[0],
+    }
 
 
-def _special_count(chat: ChatFormat, segments: Sequence[Segment]) -> int:
+def _frame(chat: ChatFormat, segments: Sequence[Segment]) -> tuple[int, int]:
+    """Characters that the format adds to the texts, and special tokens among them."""
+    characters = sum(len(segment.text) for segment in segments if segment.kind != "text")
     written = [segment.text for segment in segments if segment.kind not in ("metadata", "text")]
-    return sum(text.count(token) for text in written for token in chat.special_tokens)
+    return characters, sum(text.count(token) for text in written for token in chat.special_tokens)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> dict[str, int | None]:
+    columns = [f"{kind.replace(' ', '_')}_tokens" for kind in _KINDS]
+    if tokenizer is None:
+        return dict.fromkeys(["frame_tokens_per_turn", *columns, "tokens"])
+    one, two = (
+        int((dissect(tokenizer, _ONE_TURN * turns, add_generation_prompt=False)["kind"] != "text").sum())
+        for turns in (1, 2)
+    )
+    kinds = dissect(tokenizer, messages)["kind"]
+    counts = {column: int((kinds == kind).sum()) for column, kind in zip(columns, _KINDS, strict=True)}
+    return {"frame_tokens_per_turn": two - one, **counts, "tokens": len(kinds)}
 
 
 def characters_per_token(tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, str]) -> pd.DataFrame:
     """How many characters a token holds on average, by kind of text (rows) and tokenizer (columns).
 
     Raises:
-        FormatError: an empty text, which has no tokens to share it.
+        PromptError: an empty text has no tokens.
 
     Example:
         >>> from glmlab import load_model
@@ -169,7 +157,7 @@ def characters_per_token(tokenizers: Mapping[str, PreTrainedTokenizerBase], text
         True
     """
     if empty := [kind for kind, text in texts.items() if not text]:
-        raise FormatError(f"the text {empty[0]!r} is empty. Give a text of at least one character.")
+        raise PromptError(f"the text {empty[0]!r} is empty. Give a text of at least one character.")
     return pd.DataFrame(
         {
             name: {
@@ -189,11 +177,9 @@ def segment_table(segments: Mapping[str, Sequence[Segment]]) -> pd.DataFrame:
         >>> segment_table({"GLM-4": segments})["kind"].tolist()
         ['prefix', 'role', 'text', 'generation prompt']
     """
-    return pd.DataFrame(
-        [
-            (name, segment.kind, segment.role or "", segment.message, segment.text)
-            for name, parts in segments.items()
-            for segment in parts
-        ],
-        columns=["format", "kind", "role", "message", "text"],
-    ).astype({"message": "Int64"})
+    rows = [
+        (name, segment.kind, segment.role or "", segment.message, segment.text)
+        for name, parts in segments.items()
+        for segment in parts
+    ]
+    return pd.DataFrame(rows, columns=["format", "kind", "role", "message", "text"]).astype({"message": "Int64"})

@@ -6,142 +6,39 @@ own, ends of messages).
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from glmlab.prompts.format import Message, PromptError, Segment, check_messages
+from glmlab.prompts.format import Message, PromptError, Segment, SegmentKind, check_mappings
 
 Render = Callable[[Sequence[Message], bool], str]
 """Messages, and whether the answer is opened, -> the prompt as text, as a chat template makes it."""
 
-
-def template_segments(
-    render: Render, messages: Sequence[Message], *, add_generation_prompt: bool = True
-) -> list[Segment]:
-    """Take a rendered prompt apart: the messages' own texts, and what the template puts around them.
-
-    Every text is replaced by a mark of its own; what the template renders between the marks is the frame.
-
-    Raises:
-        PromptError: the template refuses the messages, or changes their texts.
-    """
-    marks: dict[str, Segment] = {}
-    marked = []
-    for index, message in enumerate(messages):
-        fields = dict(message)
-        for name, kind in (("metadata", "metadata"), ("content", "text")):
-            if message.get(name):
-                mark = _mark(len(marks))
-                marks[mark] = Segment(kind, message[name], message["role"], index)  # type: ignore[arg-type]
-                fields[name] = mark
-        marked.append(fields)
-    closed, opened = _rendered(render, marked, False), _rendered(render, marked, add_generation_prompt)
-    segments: list[Segment] = []
-    last = -1  # the message whose text or metadata came last
-    for part in _MARK.split(closed):
-        if part in marks:
-            segments.append(marks[part])
-            last = marks[part].message or 0
-        elif part:
-            segments += _frame_segments(render, part, marked, segments, last)
-    if opened.startswith(closed) and opened != closed:
-        segments.append(Segment("generation prompt", opened[len(closed) :], "assistant"))
-    if "".join(segment.text for segment in segments) != _rendered(render, messages, add_generation_prompt):
-        raise PromptError(
-            "this chat template changes the texts of the messages (it trims blanks, or rewrites earlier answers), so "
-            "its tokens cannot be traced back to them. Trim the texts first, or look at the rendered prompt itself."
-        )
-    return segments
+_MARK = re.compile(r"\ue000\d+\ue001")  # private use: no template writes such characters
 
 
-def _rendered(render: Render, messages: Sequence[Message], opened: bool) -> str:
-    with template_errors():
-        return render(messages, opened)
-
-
-@contextmanager
-def template_errors() -> Iterator[None]:
-    """Turn what a template raises, or stumbles over, into a :class:`PromptError`."""
-    try:
-        yield
-    except (TemplateError, TypeError) as error:
-        raise PromptError(
-            f"the chat template refuses these messages: {error}. Change them to what this model's format allows."
-        ) from error
-
-
-_MARK = re.compile(r"(\ue000\d+\ue001)")  # private use: no template writes such characters
-
-
-def _mark(number: int) -> str:
-    return f"\ue000{number}\ue001"
-
-
-def _frame_segments(
-    render: Render, part: str, marked: Sequence[Message], before: Sequence[Segment], last: int
-) -> list[Segment]:
-    """What a template writes between two texts: the end of one message, then the opening of the next."""
-    if not before:
-        role = marked[0]["role"]
-        opening = _opening(render, role)
-        prefix = part.removesuffix(opening) if opening else ""
-        parts = [Segment("prefix", prefix), Segment("role", part[len(prefix) :], role, 0)]
-    elif before[-1].kind == "metadata" and marked[last].get("content"):
-        parts = [Segment("role", part, marked[last]["role"], last)]  # between the metadata and the text of one message
-    else:
-        closing = _closing(render, marked, last)
-        ended = closing if part.startswith(closing) else ""
-        following = min(last + 1, len(marked) - 1)
-        parts = [
-            Segment("role", ended, marked[last]["role"], last),
-            Segment("role", part[len(ended) :], marked[following]["role"], following),
-        ]
-    return [segment for segment in parts if segment.text]
-
-
-def _closing(render: Render, marked: Sequence[Message], last: int) -> str:
-    """What ends a message, as it stands behind the first message of the same role when nothing follows."""
-    role = marked[last]["role"]
-    alike = (i for i, message in enumerate(marked) if message["role"] == role)
-    first = next(i for i in alike if marked[i].get("content") or marked[i].get("metadata"))
-    return _MARK.split(_rendered(render, marked[: first + 1], False))[-1]
-
-
-def _opening(render: Render, role: str) -> str:
-    """What opens a message of a role, or "" where the template does not tell.
-
-    It is read before the second user message of a conversation, where no prefix stands, and is taken to differ from
-    role to role by the role's name alone.
-    """
-    probe = [{"role": name, "content": _mark(i)} for i, name in enumerate(("user", "assistant", "user"))]
-    try:
-        parts = _MARK.split(_rendered(render, probe, False))  # frame, mark, frame, mark, frame, mark, frame
-        closing = _closing(render, probe, 1)
-    except PromptError:
-        return ""  # refused: this template has rules of its own
-    if len(parts) != 7:
-        return ""  # it leaves out earlier messages, or repeats them
-    return parts[4].removeprefix(closing).replace("user", role)
-
-
-def tokenizer_segments(
+def render_chat(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    tools: Sequence[Any] | None,
-    *,
-    add_generation_prompt: bool,
-) -> list[Segment]:
-    """Segments of another family's prompt, from the template that its tokenizer carries.
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The prompt that the tokenizer's own chat template renders.
 
     Raises:
-        PromptError: as :func:`template_segments`, or the messages break a rule, or the tokenizer has no template.
+        PromptError: the tokenizer has no chat template, or the template refuses the messages.
     """
-    check_messages(messages)
-    check_chat_template(tokenizer)
+    if tokenizer.chat_template is None:
+        raise PromptError(
+            f"{type(tokenizer).__name__} has no chat template: this is a base model, not a chat model. "
+            "Use its chat variant (names end in -chat or -Instruct), or set tokenizer.chat_template."
+        )
+    check_mappings(messages)
 
     def render(messages: Sequence[Message], opened: bool) -> str:
         text: str = tokenizer.apply_chat_template(
@@ -152,13 +49,93 @@ def tokenizer_segments(
         )
         return text
 
-    return template_segments(render, messages, add_generation_prompt=add_generation_prompt)
+    return _rendered(render, messages, add_generation_prompt)
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise :class:`PromptError` where a tokenizer has no chat template."""
-    if tokenizer.chat_template is None:
+def _rendered(render: Render, messages: Sequence[Message], opened: bool) -> str:
+    try:
+        return render(messages, opened)
+    except (TemplateError, TypeError) as error:
         raise PromptError(
-            f"{type(tokenizer).__name__} has no chat template: this is a base model, not a chat model. "
-            "Use its chat variant (names end in -chat or -Instruct), or set tokenizer.chat_template."
+            f"the chat template refuses these messages: {error}. Change them to what this model's format allows."
+        ) from error
+
+
+def template_segments(
+    render: Render, messages: Sequence[Message], *, add_generation_prompt: bool = True
+) -> list[Segment]:
+    """Take a rendered prompt apart: the messages' own texts, and what the template puts around them.
+
+    The frame belongs to the message that it opens or closes; what stands before the first message is the prefix.
+
+    Raises:
+        PromptError: the template refuses the messages, or changes their texts.
+    """
+    marks: dict[str, Segment] = {}
+    marked = []
+    fields: tuple[tuple[str, SegmentKind], ...] = (("metadata", "metadata"), ("content", "text"))
+    for index, message in enumerate(messages):
+        replaced = dict(message)
+        for name, kind in fields:
+            if message.get(name):
+                replaced[name] = f"\ue000{len(marks)}\ue001"
+                marks[replaced[name]] = Segment(kind, message[name], message["role"], index)
+        marked.append(replaced)
+    closed, opened = _rendered(render, marked, False), _rendered(render, marked, add_generation_prompt)
+    ends = _message_ends(render, marked, closed)
+    cuts = {0, len(closed), *ends}.union(*(mark.span() for mark in _MARK.finditer(closed)))
+    segments: list[Segment] = []
+    for start, stop in pairwise(sorted(cuts)):
+        part = closed[start:stop]
+        if part in marks:
+            segments.append(marks[part])
+            continue
+        index = min(bisect_right(ends, start), len(messages) - 1)
+        role = messages[index]["role"]
+        if start == 0 and (opening := _opening(render, role)) and opening in part:
+            segments.append(Segment("prefix", part[: part.rindex(opening)]))
+            part = part[part.rindex(opening) :]
+        segments.append(Segment("role", part, role, index))
+    segments.append(Segment("generation prompt", opened.removeprefix(closed), "assistant"))
+    segments = [segment for segment in segments if segment.text]
+    if "".join(segment.text for segment in segments) != _rendered(render, messages, add_generation_prompt):
+        raise PromptError(
+            "this chat template changes the texts of the messages (it trims blanks, or rewrites earlier answers), so "
+            "its tokens cannot be traced back to them. Trim the texts first, or look at the rendered prompt itself."
         )
+    return segments
+
+
+def _message_ends(render: Render, marked: Sequence[Message], closed: str) -> list[int]:
+    """Where each message ends in the rendered chat: as long as the chat up to it is when it is rendered alone.
+
+    Where a template renders a shorter chat otherwise, or refuses it, a message ends with its text.
+    """
+    ends: list[int] = []
+    for index, message in enumerate(marked):
+        text = str(message.get("content") or message.get("metadata") or "")
+        end = closed.rfind(text) + len(text) if text and text in closed else 0
+        try:
+            alone = _rendered(render, marked[: index + 1], False)
+        except PromptError:
+            alone = ""
+        if alone and closed.startswith(alone):
+            end = len(alone)
+        ends.append(max(end, *ends[-1:], 0))
+    return ends
+
+
+def _opening(render: Render, role: str) -> str:
+    """What opens a message of a role, or "" where the template does not show it.
+
+    It is read before the second user message of a chat, where no prefix stands, and is taken to differ from role to
+    role by the role's name alone.
+    """
+    probe = [{"role": name, "content": f"\ue000{i}\ue001"} for i, name in enumerate(("user", "assistant", "user"))]
+    try:
+        before, whole = _rendered(render, probe[:2], False), _rendered(render, probe, False)
+    except PromptError:
+        return ""  # refused: this template has rules of its own
+    if not whole.startswith(before) or before == whole:
+        return ""  # it leaves out earlier messages, or repeats them
+    return _MARK.split(whole[len(before) :])[0].replace("user", role)

@@ -23,13 +23,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from glmlab.core.errors import GlmlabError
+from glmlab.prompts.format import split_answer
 
 _FENCE = re.compile(r"```[ \t]*(?:python)?[ \t]*\n(.*?)```", re.DOTALL)
 _MOST_CHARACTERS = 100_000  # of a call; Python's parser can exhaust memory on absurd inputs
 
 
 class ToolCallError(GlmlabError):
-    """An answer that calls a tool is malformed, or the call does not fit the tools there are."""
+    """An answer that calls a tool is malformed, or the call does not fit the given tools."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,7 @@ class ToolCall:
 
 
 def read_tool_call(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> ToolCall | None:
-    """The call in generated ids, or None where the answer is no call (its metadata line is empty).
-
-    Args:
-        tokenizer: ChatGLM3's.
-        token_ids: all ids that were generated, the stop token too.
+    """The call in all generated ids of a ChatGLM3 answer, or None where its metadata line is empty.
 
     Raises:
         ToolCallError: as :func:`parse_tool_call`.
@@ -57,11 +54,8 @@ def read_tool_call(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int])
         >>> read_tool_call(tokenizer, tokenizer(answer, add_special_tokens=False)["input_ids"])
         ToolCall(name='get_weather', arguments={'city': 'Paris'})
     """
-    answer: str = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-    metadata, newline, text = answer.partition("\n")
-    if not newline or not metadata.strip():  # without the newline there is no metadata line: the answer is all text
-        return None
-    return parse_tool_call(metadata, text)
+    metadata, text = split_answer(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    return parse_tool_call(metadata, text) if metadata else None
 
 
 def parse_tool_call(metadata: str, text: str) -> ToolCall:
@@ -72,8 +66,7 @@ def parse_tool_call(metadata: str, text: str) -> ToolCall:
         text: the message: one code block with ``tool_call(name=literal, ...)``, words around it allowed.
 
     Raises:
-        ToolCallError: no tool named, no code block or several, no Python in it, another call than ``tool_call``,
-            arguments without names or twice, or values that are no literals. The text names the answer's fault.
+        ToolCallError: no tool named, or no such code block; says what is wrong with the answer.
 
     Example:
         >>> parse_tool_call("add", "```python\\ntool_call(numbers=[1, -2])\\n```").arguments
@@ -89,46 +82,45 @@ def parse_tool_call(metadata: str, text: str) -> ToolCall:
             "the answer calls no tool: its metadata line is empty. Show its text to the user instead of calling a tool."
         )
     blocks = _FENCE.findall(text)
-    if len(blocks) != 1:
-        raise _malformed(name, f"it has {len(blocks)} code blocks (closed by ```), not one", text)
-    code = blocks[0].strip()
+    code = blocks[0].strip() if len(blocks) == 1 else text
+    try:
+        if len(blocks) != 1:
+            raise ValueError(f"it has {len(blocks)} code blocks (closed by ```), not one")
+        return ToolCall(name, _literal_arguments(code))
+    except ValueError as fault:
+        shown = code if len(code) <= 80 else f"{code[:80]}…"
+        raise ToolCallError(
+            f"malformed call of {name!r}: {fault}: {shown!r}. Nothing was run. Ask again, or tell the model in an "
+            "observation what is wrong."
+        ) from fault
+
+
+def _literal_arguments(code: str) -> dict[str, Any]:
+    """Arguments of ``tool_call(name=literal, ...)``; ValueError says what else the code is."""
     if len(code) > _MOST_CHARACTERS:
-        raise _malformed(name, f"it is {len(code):,} characters long", code)
+        raise ValueError(f"it is {len(code):,} characters long")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, on the model's style
             call = ast.parse(code, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        raise _malformed(name, f"it is no Python expression ({_fault(error)})", code) from error
+        why = str(error.msg if isinstance(error, SyntaxError) else error).partition("\n")[0]
+        raise ValueError(f"it is no Python expression ({why})") from error
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tool_call"):
-        raise _malformed(name, "it is not tool_call(...)", code)
-    if call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise _malformed(name, "an argument has no name", code)
-    names = [str(keyword.arg) for keyword in call.keywords]
-    if twice := [argument for argument in names if names.count(argument) > 1]:
-        raise _malformed(name, f"argument {twice[0]!r} is given twice", code)
-    return ToolCall(name, {str(keyword.arg): _literal(name, keyword, code) for keyword in call.keywords})
-
-
-def _fault(error: Exception) -> str:
-    return str(error.msg if isinstance(error, SyntaxError) else error).splitlines()[0]
-
-
-def _literal(name: str, keyword: ast.keyword, code: str) -> Any:
-    try:
-        return ast.literal_eval(keyword.value)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise _malformed(
-            name, f"argument {keyword.arg!r} is no literal (text, number, list, dict, True, False, None)", code
-        ) from error
-
-
-def _malformed(name: str, fault: str, code: str) -> ToolCallError:
-    shown = code if len(code) <= 80 else f"{code[:80]}…"
-    return ToolCallError(
-        f"malformed call of {name!r}: {fault}: {shown!r}. Nothing was run. Ask again, or tell the model in an "
-        "observation what is wrong."
-    )
+        raise ValueError("it is not tool_call(...)")
+    arguments: dict[str, Any] = {}
+    for keyword in [*(ast.keyword(None, value) for value in call.args), *call.keywords]:
+        if keyword.arg is None:
+            raise ValueError("an argument has no name")
+        if keyword.arg in arguments:
+            raise ValueError(f"argument {keyword.arg!r} is given twice")
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+            raise ValueError(
+                f"argument {keyword.arg!r} is no literal (text, number, list, dict, True, False, None)"
+            ) from error
+    return arguments
 
 
 def answer_tool_call(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> str:

@@ -22,7 +22,7 @@ from glmlab.figures import (
 from glmlab.figures.style import CJK_FAMILY, register_cjk_font
 from glmlab.prompts.encoding import dissect, prompt_growth, role_transitions
 from glmlab.prompts.families import FORMATS, chat_format, segment_table
-from glmlab.prompts.table import ROLE_COLORS
+from glmlab.prompts.format import ROLE_COLORS
 from glmlab.suite.doctor import examine
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -25,13 +25,13 @@ from glmlab.prompts.encoding import (
 )
 from glmlab.prompts.families import (
     FORMATS,
-    FormatError,
     characters_per_token,
     chat_format,
     compare_formats,
     segment_table,
 )
-from glmlab.prompts.table import COLUMNS, PromptTable, visible
+from glmlab.prompts.format import visible
+from glmlab.prompts.table import COLUMNS, PromptTable
 
 TOOLS = [{"name": "get_weather", "description": "查询天气 <|user|>", "parameters": {"type": "object"}}]
 CHAT = [
@@ -399,9 +399,9 @@ class TestFormats:
         assert table.loc["GLM-4", [*kinds, "tokens"]].isna().all()
 
     def test_unknown_formats_are_refused(self, embedded):
-        with pytest.raises(FormatError, match="no chat format 'Llama'. There are ChatGLM3, Qwen2.5, GLM-4"):
+        with pytest.raises(PromptError, match="no chat format 'Llama'. There are ChatGLM3, Qwen2.5, GLM-4"):
             chat_format("Llama")
-        with pytest.raises(FormatError, match="no chat format 'Llama'"):
+        with pytest.raises(PromptError, match="no chat format 'Llama'"):
             compare_formats(HELLO, {"Llama": embedded.tokenizer})
 
     def test_characters_per_token(self, embedded):
@@ -409,7 +409,7 @@ class TestFormats:
         ids = embedded.tokenizer("Hello", add_special_tokens=False)["input_ids"]
         assert table.loc["en", "embedded"] == 5 / len(ids)
         assert table.loc["emoji", "embedded"] == 1 / 5
-        with pytest.raises(FormatError, match="the text 'none' is empty"):
+        with pytest.raises(PromptError, match="the text 'none' is empty"):
             characters_per_token({"embedded": embedded.tokenizer}, {"none": ""})
 
     def test_segment_table_keeps_every_part(self):
@@ -428,6 +428,12 @@ class TestFormats:
 
         segments = template_segments(render, HELLO)
         assert [(segment.kind, segment.text) for segment in segments] == [("role", "<s>"), ("text", "Hello")]
+
+    def test_an_empty_message_keeps_its_role_and_its_end(self):
+        segments = chat_format("Qwen2.5").segments([{"role": "user", "content": ""}])
+        prefix, role, _ = segments
+        assert prefix.text.endswith("helpful assistant.<|im_end|>\n")
+        assert (role.kind, role.text, role.message) == ("role", "<|im_start|>user\n<|im_end|>\n", 0)
 
     def test_a_template_may_write_nothing_around_a_text(self):
         segments = template_segments(lambda messages, opened: "".join(m["content"] for m in messages), HELLO)
