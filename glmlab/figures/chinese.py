@@ -211,10 +211,8 @@ CHINESE = {
     "bytes": "位元組",
     "step returns": "每步傳回",
     "share of bytes": "位元組佔比",
-    "Dark: bytes of the module itself; they add up to 100 %. Light: with those of its parts. Returned shapes: one "
-    "decode step after {tokens} tokens.": (
-        "深色：模組自身的位元組，合計 100 %。淺色：連同其各部分。傳回的形狀：{tokens} 個 token 之後的一個解碼步。"
-    ),
+    "Dark: bytes of the module itself; they add up to 100 %. Light: with those of its parts. Returned shapes: "
+    "those of a decode step.": "深色：模組自身的位元組，合計 100 %。淺色：連同其各部分。傳回的形狀：一個解碼步的形狀。",
     "Module tree of {name}: {parameters:,} parameters in {size}. The largest share of bytes, {share:.0%}, is in "
     "{module}.": ("{name} 的模組樹：{parameters:,} 個參數，共 {size}。佔位元組最多的是 {module}，為 {share:.0%}。"),
 }

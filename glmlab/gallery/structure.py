@@ -7,8 +7,7 @@ from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate, embedded, model_provenance
 from glmlab.models.checkpoints import find_config
 from glmlab.structure.comparison import chat_side
-from glmlab.structure.graph import join
-from glmlab.structure.source import read_class_facts
+from glmlab.structure.source import join, read_class_facts
 
 
 def class_hierarchy() -> Plate:
@@ -42,4 +41,4 @@ def module_tree() -> Plate:
     from glmlab.structure.module_tree import module_tree as tree_of
 
     tree = tree_of(embedded())
-    return Plate(module_tree_figure(tree), tree.to_frame(), model_provenance(), caption("module_tree"))
+    return Plate(module_tree_figure(tree), tree.table, model_provenance(), caption("module_tree"))

@@ -1,4 +1,4 @@
-"""The published ChatGLM3 code beside today's: which class, and which method, moved where."""
+"""Where each class and method of the published ChatGLM3 code is today."""
 
 from pkgutil import resolve_name
 
@@ -8,31 +8,11 @@ from glmlab.structure.graph import ClassGraph, StructureError
 
 _GLM = "transformers.models.glm.modeling_glm"
 
-CLASSES_TODAY = {  # class of modeling_chatglm.py -> (where it is now, what changed)
+TODAY = {  # class or method of modeling_chatglm.py -> (where it is now, what changed)
     "ChatGLMForConditionalGeneration": (
         "glmlab.models.chatglm3.ChatGLM3ForCausalLM",
         "GlmForCausalLM with the published tensor names; it now holds the output layer (lm_head)",
     ),
-    "ChatGLMForSequenceClassification": (f"{_GLM}.GlmForSequenceClassification", "same task"),
-    "ChatGLMPreTrainedModel": (f"{_GLM}.GlmPreTrainedModel", "masks and positions left it"),
-    "ChatGLMModel": (f"{_GLM}.GlmModel", "its output_layer moved up to the causal language model"),
-    "GLMTransformer": (f"{_GLM}.GlmModel", "merged: GlmModel holds the layers and the last norm itself"),
-    "GLMBlock": (f"{_GLM}.GlmDecoderLayer", "same order of norm, attention, norm, MLP"),
-    "SelfAttention": (f"{_GLM}.GlmAttention", "query_key_value split into q_proj, k_proj, v_proj"),
-    "CoreAttention": (
-        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
-        "a function, chosen by attn_implementation",
-    ),
-    "MLP": (f"{_GLM}.GlmMLP", "dense_h_to_4h is gate_up_proj, dense_4h_to_h is down_proj"),
-    "RMSNorm": ("glmlab.models.chatglm3.ChatGLM3RMSNorm", "GlmRMSNorm, with the published order of scale and cast"),
-    "RotaryEmbedding": (f"{_GLM}.GlmRotaryEmbedding", "cosine and sine for the positions at hand, not for all"),
-    "Embedding": ("torch.nn.Embedding", "no wrapper: activations are batch first, nothing to transpose"),
-    "PrefixEncoder": ("transformers.integrations.peft.PeftAdapterMixin", "prefix tuning is an adapter of PEFT"),
-    "InvalidScoreLogitsProcessor": ("transformers.InfNanRemoveLogitsProcessor", "remove_invalid_values=True"),
-}
-"""Every class of the published file, and its home in transformers or glmlab today."""
-
-METHODS_TODAY = {  # method of modeling_chatglm.py, where it does more than the home of its class -> the same
     "ChatGLMForConditionalGeneration.chat": ("glmlab.ChatSession", "say(): one growing answer, kept cache"),
     "ChatGLMForConditionalGeneration.stream_chat": (
         "glmlab.ChatSession",
@@ -55,35 +35,48 @@ METHODS_TODAY = {  # method of modeling_chatglm.py, where it does more than the 
         "inherited, no own version",
     ),
     "ChatGLMForConditionalGeneration.forward": (f"{_GLM}.GlmForCausalLM.forward", "inherited by ChatGLM3ForCausalLM"),
+    "ChatGLMForSequenceClassification": (f"{_GLM}.GlmForSequenceClassification", "same task"),
+    "ChatGLMPreTrainedModel": (f"{_GLM}.GlmPreTrainedModel", "masks and positions left it"),
     "ChatGLMPreTrainedModel.get_masks": ("transformers.masking_utils.create_causal_mask", "one utility for all models"),
     "ChatGLMPreTrainedModel.get_position_ids": (f"{_GLM}.GlmModel.forward", "counted on from the cache's length"),
+    "ChatGLMModel": (f"{_GLM}.GlmModel", "its output_layer moved up to the causal language model"),
     "ChatGLMModel.quantize": ("transformers.BitsAndBytesConfig", "on loading, not on a loaded model"),
-    "ChatGLMModel.get_prompt": (
-        "transformers.integrations.peft.PeftAdapterMixin",
-        "prefix tuning is an adapter of PEFT",
-    ),
+    "ChatGLMModel.get_prompt": ("transformers.integrations.peft.PeftAdapterMixin", "prefix tuning is a PEFT adapter"),
     "ChatGLMModel.get_input_embeddings": (
         "transformers.PreTrainedModel.get_input_embeddings",
         "inherited from EmbeddingAccessMixin",
     ),
+    "GLMTransformer": (f"{_GLM}.GlmModel", "merged: GlmModel holds the layers and the last norm itself"),
+    "GLMBlock": (f"{_GLM}.GlmDecoderLayer", "same order of norm, attention, norm, MLP"),
+    "SelfAttention": (f"{_GLM}.GlmAttention", "query_key_value split into q_proj, k_proj, v_proj"),
+    "CoreAttention": (
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        "a function, chosen by attn_implementation",
+    ),
+    "MLP": (f"{_GLM}.GlmMLP", "dense_h_to_4h is gate_up_proj, dense_4h_to_h is down_proj"),
+    "RMSNorm": ("glmlab.models.chatglm3.ChatGLM3RMSNorm", "GlmRMSNorm, with the published order of scale and cast"),
+    "RotaryEmbedding": (f"{_GLM}.GlmRotaryEmbedding", "cosine and sine of the current positions, not of all"),
     "RotaryEmbedding.forward_impl": (f"{_GLM}.GlmRotaryEmbedding.forward", "one method"),
+    "Embedding": ("torch.nn.Embedding", "no wrapper: activations are batch first, nothing to transpose"),
+    "PrefixEncoder": ("transformers.integrations.peft.PeftAdapterMixin", "prefix tuning is a PEFT adapter"),
+    "InvalidScoreLogitsProcessor": ("transformers.InfNanRemoveLogitsProcessor", "remove_invalid_values=True"),
 }
-"""Public methods that have a home of their own today."""
+"""Every class of the published file, and each public method that moved away from its class, with its place today."""
 
 
 def side_by_side(original: ClassGraph) -> pd.DataFrame:
-    """Lay the published classes and their public methods beside what does their work today.
+    """List the published classes and the methods that moved, beside what does their work today.
 
     Args:
-        original: graph of the published file, by :func:`~glmlab.structure.source.source_class_graph` or
+        original: graph of the published file, from :func:`~glmlab.structure.source.source_class_graph` or
             :func:`~glmlab.structure.source.read_class_facts`.
 
     Returns:
-        One row a class, and below it one a method that moved elsewhere: original, today, what changed. Every name of
-        today is looked up, so that no row outlives what it names.
+        One row a class or method: original, today, what changed. Every name of today is looked up, so that no row
+        outlives what it names.
 
     Raises:
-        StructureError: the graph is not of ChatGLM3's file, or a name of today is gone.
+        StructureError: the graph is not of ChatGLM3's file, or a name of today no longer exists.
 
     Example:
         >>> from glmlab.core.resources import data_path
@@ -98,19 +91,16 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
             "folder of a downloaded chatglm3-6b, or take the facts in data/structure."
         )
     rows = []
-    for node in (original.classes[name] for name in CLASSES_TODAY if name in original.classes):
-        rows.append((node.name, *CLASSES_TODAY[node.name]))
-        for member in node.members:
-            if moved := METHODS_TODAY.get(f"{node.name}.{member.name}"):
-                rows.append((f"  {member.label}", *moved))
-    for _, today, _ in rows:
+    for name, (today, change) in TODAY.items():
+        class_name, _, method = name.partition(".")
+        if class_name not in original.classes or (method and not original.classes[class_name].defines(method)):
+            continue
         try:
             resolve_name(today)
         except (ImportError, AttributeError) as error:
-            raise StructureError(f"{today} is gone ({error}): the table in comparison.py needs mending.") from error
-    return pd.DataFrame(
-        [(was, _short(now), change) for was, now, change in rows], columns=["original", "today", "change"]
-    )
+            raise StructureError(f"{today} no longer exists ({error}): update the table in comparison.py.") from error
+        rows.append((f"  {method}()" if method else class_name, _short(today), change))
+    return pd.DataFrame(rows, columns=["original", "today", "change"])
 
 
 ASIDE = ("InvalidScoreLogitsProcessor", "LogitsProcessor", "PrefixEncoder", "AutoModelForSeq2SeqLM")
@@ -132,7 +122,7 @@ def chat_side(original: ClassGraph) -> ClassGraph:
 
 
 def _short(path: str) -> str:
-    """The last parts of a path that a reader needs: module names of transformers and PyTorch are left out."""
+    """A path without the modules inside transformers and PyTorch."""
     library, _, _ = path.partition(".")
     if library == "torch":
         return f"nn.{path.rpartition('.')[2]}"

@@ -1,10 +1,9 @@
-"""Classes as data: a :class:`ClassGraph` of nodes and arrows, to filter, to ask, and to hand to other tools.
+"""Classes as data: a :class:`ClassGraph` of classes and arrows, to filter, to query and to export.
 
-It knows nothing of where the classes come from: live.py reads them from Python, source.py from text. Nothing here
-imports torch.
+live.py builds graphs from Python objects, source.py from text. Nothing here imports torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -14,84 +13,57 @@ import pandas as pd
 from glmlab.core.errors import GlmlabError
 
 NodeKind = Literal["class", "mixin", "torch", "auto", "outside"]
-"""``torch``: a class of PyTorch; ``auto``: of transformers' Auto side; ``outside``: known by its name only."""
+"""``torch``: a class of PyTorch; ``auto``: an Auto class of transformers; ``outside``: only its name is known."""
 
 ArrowKind = Literal["inherits", "has", "builds"]
 
 Members = Literal["calls", "public", "all", "none"] | Sequence[str]
-"""Which members are shown: what a user calls, all public ones, all, none, or those of the names given."""
+"""Which members are shown: those that users call, all public ones, all, none, or a list of names."""
 
 USER_CALLS = (
-    "__call__",
-    "forward",
-    "generate",
-    "from_pretrained",
-    "from_config",
-    "save_pretrained",
-    "push_to_hub",
-    "prepare_inputs_for_generation",
-    "get_input_embeddings",
-    "get_output_embeddings",
-    "resize_token_embeddings",
-    "set_attn_implementation",
-    "can_generate",
-    "num_parameters",
-    "load_adapter",
-    "add_adapter",
-    "parameters",
-    "named_modules",
-    "state_dict",
-    "to",
-    "eval",
-    "train",
-    "register",
-    "for_model",
-    "to_dict",
-)
-"""What users call on a model, a config or an Auto class; every other member of a library class is its own affair."""
+    "__call__", "forward", "generate", "from_pretrained", "from_config", "save_pretrained", "push_to_hub",
+    "prepare_inputs_for_generation", "get_input_embeddings", "get_output_embeddings", "resize_token_embeddings",
+    "set_attn_implementation", "can_generate", "num_parameters", "load_adapter", "add_adapter", "parameters",
+    "named_modules", "state_dict", "to", "eval", "train", "register", "for_model", "to_dict",
+)  # fmt: skip
+"""What users call on a model, a config or an Auto class; other members of library classes are not shown."""
 
 _LIBRARIES = ("torch", "transformers")
-_STANDARD_LIBRARY = ("abc", "typing", "collections", "enum", "contextlib")
 
 
 class StructureError(GlmlabError):
-    """What was given has no structure to show; the text says why and what to give instead."""
+    """The given object has no structure to show; the message says why and what to give instead."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A method or property in the class that defines it."""
+    """A method or property of the class that defines it."""
 
     name: str
     kind: Literal["method", "class method", "static method", "property"] = "method"
     abstract: bool = False
     overrides: str | None = None
-    """The next class in the MRO that defines the same name, or None."""
+    """The next class in the MRO that defines the same name."""
 
     @property
     def label(self) -> str:
-        """The member as a diagram writes it.
-
-        Example:
-            >>> Member("forward").label, Member("device", "property").label
-            ('forward()', 'device')
-        """
+        """The member as diagrams write it: ``forward()``, or ``device`` for a property."""
         return self.name if self.kind == "property" else f"{self.name}()"
 
 
 @dataclass(frozen=True)
 class Part:
-    """What an instance of a class holds: an attribute, the class of what is in it, and how many."""
+    """What instances of a class hold: an attribute, the class of its value, and how many."""
 
     attribute: str
     class_name: str
     at_least: int | None = 1
-    """Fewest over all instances in the model; None where source alone does not tell."""
+    """Fewest over all instances in the model; None if the source alone does not say."""
     at_most: int | None = 1
 
     @property
     def count(self) -> str:
-        """How many, where it is not simply one.
+        """How many, if not exactly one.
 
         Example:
             >>> Part("layers", "Block", 28, 28).count, Part("mlp", "Moe", 0, 1).count
@@ -105,27 +77,22 @@ class Part:
 
     @property
     def label(self) -> str:
-        """Attribute, count and class.
-
-        Example:
-            >>> Part("layers", "GlmDecoderLayer", 28, 28).label
-            'layers: 28 x GlmDecoderLayer'
-        """
+        """Attribute, count and class: ``layers: 28 x GlmDecoderLayer``."""
         return f"{self.attribute}: {f'{self.count} ' if self.count else ''}{self.class_name}"
 
 
 @dataclass(frozen=True)
 class ClassNode:
-    """One class: where it is defined, what it inherits, what it defines and what it holds."""
+    """One class: where it is defined, what it inherits from, what it defines and what it holds."""
 
     name: str
     module: str
     bases: tuple[str, ...]
     """Direct bases in the order of the class statement, without ``object``."""
     mro: tuple[str, ...]
-    """Itself and everything it inherits from in the order of look-up, without ``object``."""
+    """The class and all its ancestors in method resolution order, without ``object``."""
     members: tuple[Member, ...] = ()
-    """All that the class itself defines, in its own order."""
+    """What the class itself defines, in its own order."""
     parts: tuple[Part, ...] = ()
     kind: NodeKind = "class"
 
@@ -141,7 +108,7 @@ class ClassNode:
 
 @dataclass(frozen=True)
 class Arrow:
-    """A relation between two classes that are both in the picture."""
+    """A relation between two visible classes."""
 
     kind: ArrowKind
     source: str
@@ -151,34 +118,32 @@ class Arrow:
 
 @dataclass(frozen=True)
 class ClassGraph:
-    """Classes and their relations. Filtering hides classes; what they contribute can still be asked.
+    """Classes and their relations. Filtering hides classes; hidden ones still answer questions.
 
-    In JupyterLab it shows itself as a mermaid class diagram.
+    JupyterLab shows it as a mermaid class diagram.
     """
 
     classes: Mapping[str, ClassNode]
-    """Every class by name, the hidden ones too."""
+    """Every class by name, hidden ones included."""
     roots: tuple[str, ...]
     """The classes that were asked for."""
     builds: tuple[Arrow, ...] = ()
-    """Who makes instances of whom: transformers' Auto side."""
+    """Which Auto class or config leads to which class."""
     members: Members = "calls"
     hidden: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def nodes(self) -> tuple[ClassNode, ...]:
-        """The classes that are not hidden."""
+        """The visible classes."""
         return tuple(node for node in self.classes.values() if node.name not in self.hidden)
 
     @property
     def arrows(self) -> tuple[Arrow, ...]:
-        """Relations between visible classes: bases in order, then parts, then who builds whom.
+        """Relations between visible classes: bases in order, then parts, then builders.
 
-        Where a class between two others is hidden, the arrow says which: ``via GlmPreTrainedModel``.
+        If a class between two others is hidden, the arrow names it: ``via GlmPreTrainedModel``.
         """
-        found: list[Arrow] = []
-        for node in self.nodes:
-            found += self._inheritance(node)
+        found = [arrow for node in self.nodes for arrow in self._inheritance(node)]
         for node in self.nodes:
             for part in node.parts:
                 if self._visible(part.class_name):
@@ -191,21 +156,27 @@ class ClassGraph:
         return name in self.classes and name not in self.hidden
 
     def _inheritance(self, node: ClassNode) -> list[Arrow]:
-        """Arrows to the nearest visible ancestors; a base that another one leads to anyway gets none twice."""
-        found: dict[str, Arrow] = {}
-        waiting: list[tuple[str, tuple[str, ...]]] = [(base, ()) for base in reversed(node.bases)]
-        while waiting:
-            name, between = waiting.pop()
-            if self._visible(name):
-                label = f"via {', '.join(between)}" if between else ""
-                found.setdefault(name, Arrow("inherits", node.name, name, label))
-            elif name in self.classes:
-                waiting += [(base, (*between, name)) for base in reversed(self.classes[name].bases)]
-        reached = {above for name in found for above in self.classes[name].mro[1:]}
-        return [arrow for name, arrow in found.items() if not arrow.label or name not in reached]
+        """Arrows to the nearest visible ancestors; past a hidden class only to those that no other arrow reaches."""
+        nearest: dict[str, tuple[str, ...]] = {}
+        for name, between in self._visible_bases(node):
+            nearest.setdefault(name, between)
+        reached = {above for name in nearest for above in self.classes[name].mro[1:]}
+        return [
+            Arrow("inherits", node.name, name, f"via {', '.join(between)}" if between else "")
+            for name, between in nearest.items()
+            if not between or name not in reached
+        ]
+
+    def _visible_bases(self, node: ClassNode, between: tuple[str, ...] = ()) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The nearest visible ancestors, each with the hidden classes in between."""
+        for base in node.bases:
+            if self._visible(base):
+                yield base, between
+            elif base in self.classes:
+                yield from self._visible_bases(self.classes[base], (*between, base))
 
     def shown_members(self, node: ClassNode) -> tuple[Member, ...]:
-        """Members that a picture of this graph shows; abstract ones always unless it shows none."""
+        """Members that a picture shows; abstract ones always, unless it shows none."""
         return tuple(member for member in node.members if self._shown(node, member))
 
     def _shown(self, node: ClassNode, member: Member) -> bool:
@@ -213,15 +184,14 @@ class ClassGraph:
             return False
         if self.members == "all" or member.abstract:
             return True
-        if self.members == "public":
+        if self.members == "calls" and node.module.partition(".")[0] in _LIBRARIES:
+            return member.name in USER_CALLS
+        if self.members in ("calls", "public"):
             return not member.name.startswith("_")
-        if self.members == "calls":
-            in_library = node.module.partition(".")[0] in _LIBRARIES
-            return member.name in USER_CALLS if in_library else not member.name.startswith("_")
         return member.name in self.members
 
     def shown_parts(self, node: ClassNode) -> tuple[Part, ...]:
-        """Parts that no arrow shows, because their class is not in the picture."""
+        """Parts that a picture writes as attributes, because their class is not visible."""
         return tuple(part for part in node.parts if not self._visible(part.class_name))
 
     def select(
@@ -234,7 +204,7 @@ class ClassGraph:
         """Hide classes by distance and by name, and choose the members that are shown.
 
         Args:
-            depth: most steps away from the roots, along bases, parts and (both ways) who builds whom.
+            depth: most steps away from the roots, along bases, parts and (both ways) builders.
             include: shell patterns of class names, such as ``"Glm*"``; the first root always stays.
             members: see :data:`Members`.
 
@@ -252,60 +222,41 @@ class ClassGraph:
         """
         if members is not None and isinstance(members, str) and members not in ("calls", "public", "all", "none"):
             raise StructureError(f"members={members!r} is not known. Use calls, public, all, none, or a list of names.")
-        hidden = set(self.hidden)
+        kept = set(self.classes) - self.hidden
         if depth is not None:
             if depth < 0:
                 raise StructureError(f"depth={depth} is negative. Use 0 for the class alone, None for everything.")
-            near = self._within(depth)
-            hidden |= {name for name in self.classes if name not in near}
+            kept &= self._within(depth)
         if include is not None:
-            patterns = [include] if isinstance(include, str) else list(include)
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in self.classes):
+            named = {self.roots[0]}
+            for pattern in [include] if isinstance(include, str) else include:
+                if not (matching := {name for name in self.classes if fnmatchcase(name, pattern)}):
                     raise StructureError(
                         f"no class matches {pattern!r}. The classes are {', '.join(sorted(self.classes))}."
                     )
-            hidden |= {
-                name
-                for name in self.classes
-                if name != self.roots[0] and not any(fnmatchcase(name, pattern) for pattern in patterns)
-            }
-        return replace(self, hidden=frozenset(hidden), members=self.members if members is None else members)
+                named |= matching
+            kept &= named
+        return replace(self, hidden=frozenset(set(self.classes) - kept), members=members or self.members)
 
     def _within(self, depth: int) -> set[str]:
-        reached = frontier = set(self.roots)
+        """Classes at most so many steps away from the roots."""
+        steps: dict[str, set[str]] = {
+            name: {*node.bases, *(part.class_name for part in node.parts)} for name, node in self.classes.items()
+        }
+        for arrow in self.builds:
+            steps[arrow.source].add(arrow.target)
+            steps[arrow.target].add(arrow.source)
+        reached = set(self.roots)
         for _ in range(depth):
-            frontier = {near for name in frontier for near in self._neighbours(name)} - reached
-            reached = reached | frontier
+            reached |= {near for name in reached for near in steps[name] if near in self.classes}
         return reached
 
-    def _neighbours(self, name: str) -> set[str]:
-        node = self.classes[name]
-        near = {*node.bases, *(part.class_name for part in node.parts)}
-        for arrow in self.builds:
-            if name in (arrow.source, arrow.target):
-                near |= {arrow.source, arrow.target}
-        return near & set(self.classes)
+    def definers(self, call: str) -> tuple[str, ...]:
+        """Classes of the first root's MRO that define a member of this name; Python takes the first."""
+        return tuple(name for name in self.classes[self.roots[0]].mro if self.classes[name].defines(call))
 
-    def definers(self, call: str, root: str | None = None) -> tuple[str, ...]:
-        """Classes of a class's MRO that define ``call``, in order: Python takes the first.
-
-        Args:
-            call: name of a member.
-            root: the class that is called; the first of the roots without it.
-
-        Raises:
-            StructureError: ``root`` is not in the graph.
-        """
-        return tuple(name for name in self._node(root or self.roots[0]).mro if self.classes[name].defines(call))
-
-    def _node(self, name: str) -> ClassNode:
-        if name not in self.classes:
-            raise StructureError(f"no class {name!r} in this graph. It has {', '.join(sorted(self.classes))}.")
-        return self.classes[name]
-
-    def calls(self, names: Iterable[str] = USER_CALLS, root: str | None = None) -> pd.DataFrame:
-        """Which class answers a call, and which definitions it hides; calls that nothing answers are left out.
+    def calls(self, names: Iterable[str] = USER_CALLS) -> pd.DataFrame:
+        """Which class answers a call, and which definitions it hides; calls that no class defines are left out.
 
         Example:
             >>> base = ClassNode("Base", "m", (), ("Base",), (Member("forward"),))
@@ -313,27 +264,54 @@ class ClassGraph:
             >>> build_graph([base, leaf], roots=["Leaf"]).calls(["forward"]).to_dict("records")
             [{'call': 'forward', 'defined in': 'Leaf', 'hides': 'Base'}]
         """
-        rows = [(name, self.definers(name, root)) for name in names]
+        rows = [(name, self.definers(name)) for name in names]
         return pd.DataFrame(
             [(name, found[0], ", ".join(found[1:])) for name, found in rows if found],
             columns=["call", "defined in", "hides"],
         )
 
-    def contributions(self, name: str, root: str | None = None) -> tuple[str, ...]:
-        """Members of a class's own that reach the root unhidden: what the root would lose without the class.
+    def contributions(self, name: str) -> tuple[str, ...]:
+        """Members that the first root would lose without this ancestor.
 
         Raises:
-            StructureError: the class is not in the graph, or not one of the root's ancestors.
+            StructureError: the class is not one of the root's ancestors.
         """
-        lineage = self._node(root or self.roots[0]).mro
-        if self._node(name).name not in lineage:
+        lineage = self.classes[self.roots[0]].mro
+        if name not in lineage:
             raise StructureError(f"{name} is no ancestor of {lineage[0]}. Its ancestors are {', '.join(lineage[1:])}.")
-        return tuple(m.name for m in self.classes[name].members if self.definers(m.name, lineage[0])[0] == name)
+        return tuple(member.name for member in self.classes[name].members if self.definers(member.name)[0] == name)
 
     def to_frame(self) -> pd.DataFrame:
-        """Visible relations as a table: relation, source, target, label."""
-        rows = [(arrow.kind, arrow.source, arrow.target, arrow.label) for arrow in self.arrows]
-        return pd.DataFrame(rows, columns=["relation", "source", "target", "label"])
+        """Everything that a picture of the graph shows, one row each; a picture can be drawn from it alone.
+
+        ========== ============= ============= ================== =================================
+        row        source        target        label              note
+        ========== ============= ============= ================== =================================
+        class      the class                   its kind           ``root``, ``abstract``, or both
+        attribute  the class                   q_proj: nn.Linear
+        member     the class                   forward()          ``abstract``, ``overridden``
+        inherits   the class     its base      via GlmModel
+        has        the whole     the part      layers: 28 x
+        builds     the builder   what it makes model_type 'glm'
+        ========== ============= ============= ================== =================================
+
+        Example:
+            >>> graph = build_graph([ClassNode("A", "m", (), ("A",), (Member("run", abstract=True),))], roots=["A"])
+            >>> graph.to_frame().values.tolist()
+            [['class', 'A', '', 'class', 'root abstract'], ['member', 'A', '', 'run()', 'abstract']]
+        """
+        rows: list[tuple[str, ...]] = []
+        overridden = {(m.overrides, m.name) for node in self.nodes for m in self.shown_members(node)}
+        for node in self.nodes:
+            notes = {"root": node.name in self.roots, "abstract": node.abstract}
+            rows.append(("class", node.name, "", node.kind, " ".join(note for note, holds in notes.items() if holds)))
+            rows += [("attribute", node.name, "", part.label, "") for part in self.shown_parts(node)]
+            for member in self.shown_members(node):
+                notes = {"abstract": member.abstract, "overridden": (node.name, member.name) in overridden}
+                note = " ".join(note for note, holds in notes.items() if holds)
+                rows.append(("member", node.name, "", member.label, note))
+        rows += [(arrow.kind, arrow.source, arrow.target, arrow.label, "") for arrow in self.arrows]
+        return pd.DataFrame(rows, columns=["row", "source", "target", "label", "note"])
 
     def to_mermaid(self) -> str:
         """Text of a mermaid ``classDiagram``.
@@ -348,19 +326,16 @@ class ClassGraph:
                     run()
                 }
         """
-        ids = {node.name: _identifier(node.name) for node in self.nodes}
         lines = ['%%{init: {"class": {"hideEmptyMembersBox": true}}}%%', "classDiagram"]
-        lines += [f"    accTitle: {repr(self).replace(':', ';')}", "    direction BT"]  # the picture's alt text
+        lines += [f"    accTitle: {repr(self).replace(':', ';')}", "    direction BT"]  # accTitle: the alternative text
         for node in self.nodes:
             inside = [f"<<{node.kind}>>"] if node.kind != "class" else []
             inside += [_mermaid_text(part.label) for part in self.shown_parts(node)]
             inside += [f"{member.label}{'*' if member.abstract else ''}" for member in self.shown_members(node)]
-            lines.append(f'    class {ids[node.name]}["{node.name}"]' + (" {" if inside else ""))
-            lines += [f"        {line}" for line in inside]
-            lines += ["    }"] if inside else []
+            lines += _block(f'    class {_identifier(node.name)}["{node.name}"]', inside)
         for arrow in self.arrows:  # from the lower end to the upper: bases, wholes and builders stand above
             label = f" : {_mermaid_text(arrow.label)}" if arrow.label else ""
-            source, target = ids[arrow.source], ids[arrow.target]
+            source, target = _identifier(arrow.source), _identifier(arrow.target)
             relation = {"inherits": f"{source} --|> {target}", "has": f"{target} --* {source}"}
             lines.append(f"    {relation.get(arrow.kind, f'{target} <.. {source}')}{label}")
         return "\n".join(lines)
@@ -378,140 +353,69 @@ class ClassGraph:
             }
             @enduml
         """
-        ids = {node.name: _identifier(node.name) for node in self.nodes}
         lines = ["@startuml", "hide empty members"]
         for node in self.nodes:
             inside = [f"{{field}} {part.label}" for part in self.shown_parts(node)]
             inside += [f"{'{abstract} ' if m.abstract else ''}{m.label}" for m in self.shown_members(node)]
             stereotype = f" <<{node.kind}>>" if node.kind != "class" else ""
-            head = f'{"abstract " if node.abstract else ""}class "{node.name}" as {ids[node.name]}{stereotype}'
-            lines.append(head + (" {" if inside else ""))
-            lines += [f"    {line}" for line in inside]
-            lines += ["}"] if inside else []
+            kind = "abstract class" if node.abstract else "class"
+            lines += _block(f'{kind} "{node.name}" as {_identifier(node.name)}{stereotype}', inside)
         signs = {"inherits": "--|>", "has": "*--", "builds": "..>"}
         for arrow in self.arrows:
             label = f" : {arrow.label}" if arrow.label else ""
-            lines.append(f"{ids[arrow.source]} {signs[arrow.kind]} {ids[arrow.target]}{label}")
+            lines.append(f"{_identifier(arrow.source)} {signs[arrow.kind]} {_identifier(arrow.target)}{label}")
         return "\n".join([*lines, "@enduml"])
 
     def __repr__(self) -> str:
-        return (
-            f"ClassGraph of {', '.join(self.roots)}: {len(self.nodes)} classes"
-            + (f" ({len(self.hidden)} hidden)" if self.hidden else "")
-            + f", {len(self.arrows)} arrows"
-        )
+        hidden = f" ({len(self.hidden)} hidden)" if self.hidden else ""
+        return f"ClassGraph of {', '.join(self.roots)}: {len(self.nodes)} classes{hidden}, {len(self.arrows)} arrows"
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
         return {"text/vnd.mermaid": self.to_mermaid(), "text/plain": repr(self)}
 
 
-def build_graph(
-    classes: Iterable[ClassNode],
-    roots: Sequence[str],
-    builds: Iterable[Arrow] = (),
-    members: Members = "calls",
-) -> ClassGraph:
-    """Put classes together: notes what each member overrides, and tells mixins from ordinary bases.
+def build_graph(classes: Iterable[ClassNode], roots: Sequence[str], builds: Iterable[Arrow] = ()) -> ClassGraph:
+    """Put classes together: note what each member overrides, and mark mixins.
 
-    A mixin is a class named so, or one that brings methods but no ``__init__``, and is inherited beside a base that
-    has one and with which it shares no ancestor. What a mixin inherits from is a mixin, too.
+    A mixin is a class whose name ends in Mixin, or a class without ``__init__`` that is inherited beside one with.
     """
     by_name = {node.name: node for node in classes}
     mixins = _mixins(by_name)
     noted = {}
     for node in by_name.values():
-        kind = "mixin" if node.name in mixins else node.kind
         lineage = [by_name[name] for name in node.mro[1:] if name in by_name]
         seen = [
             replace(m, overrides=next((above.name for above in lineage if above.defines(m.name)), None))
             for m in node.members
         ]
+        kind = "mixin" if node.name in mixins else node.kind
         noted[node.name] = replace(node, kind=kind, members=tuple(seen))
-    return ClassGraph(noted, tuple(roots), tuple(builds), members)
+    return ClassGraph(noted, tuple(roots), tuple(builds))
 
 
 def _mixins(classes: Mapping[str, ClassNode]) -> set[str]:
-    def has_init(name: str) -> bool:
-        return any(above not in classes or classes[above].defines("__init__") for above in classes[name].mro)
+    def may_have_init(name: str) -> bool:
+        lineage = [classes.get(above) for above in classes[name].mro] if name in classes else [None]
+        return any(node is None or node.kind == "outside" or node.defines("__init__") for node in lineage)
 
-    found = {name for name, node in classes.items() if name.endswith("Mixin") and node.kind in ("class", "outside")}
-    for node in classes.values():
-        for base in node.bases:
-            if base not in classes or classes[base].kind != "class" or has_init(base) or not classes[base].members:
-                continue
-            others = [classes[other] for other in node.bases if other != base and other in classes]
-            apart = all(not set(classes[base].mro) & set(other.mro) for other in others)
-            if apart and any(other.kind == "outside" or has_init(other.name) for other in others):
-                found.add(base)
-    return found | {
-        above
-        for name in found
-        for above in classes[name].mro
-        if above in classes and classes[above].kind == "class" and not has_init(above)
-    }
-
-
-def join(graph: ClassGraph, other: ClassGraph) -> ClassGraph:
-    """Both graphs in one; where one knows a class by its name only, the other's knowledge fills in.
-
-    Example:
-        >>> file = build_graph([ClassNode("Model", "m", ("Base",), ("Model", "Base")),
-        ...     ClassNode("Base", "library", (), ("Base",), kind="outside")], roots=["Model"])
-        >>> library = build_graph([ClassNode("Base", "library", ("Root",), ("Base", "Root")),
-        ...     ClassNode("Root", "library", (), ("Root",))], roots=["Base"])
-        >>> join(file, library).classes["Model"].mro
-        ('Model', 'Base', 'Root')
-    """
-    classes = dict(other.classes)
-    for name, node in graph.classes.items():
-        if name not in classes or node.bases or node.members:
-            classes[name] = node
-    lineages = linearize({name: node.bases for name, node in classes.items()})
-    builds = dict.fromkeys([*graph.builds, *other.builds])
-    joined = [
-        replace(node, mro=lineages[name], kind="class" if node.kind == "mixin" else node.kind)
-        for name, node in classes.items()
-    ]
-    return build_graph(joined, graph.roots, builds, graph.members)
-
-
-def linearize(bases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Every class's MRO from names alone: Python itself computes it, on empty classes of the same shape.
-
-    Raises:
-        StructureError: a class inherits from itself, its bases have no common order, or a name is none for a class.
-
-    Example:
-        >>> linearize({"A": [], "B": ["A"], "C": ["A"], "D": ["B", "C"]})["D"]
-        ('D', 'B', 'C', 'A')
-    """
-    made: dict[str, type] = {}
-
-    def make(name: str, below: tuple[str, ...]) -> type:
-        if name in below:
-            raise StructureError(f"{' -> '.join([*below, name])}: a class cannot inherit from itself. Mend the source.")
-        if name not in made:
-            above = tuple(make(base, (*below, name)) for base in bases.get(name, ()))
-            try:
-                made[name] = type(name, above, {})
-            except TypeError as error:
-                raise StructureError(f"{name}({', '.join(bases[name])}) has no order of look-up: {error}") from error
-            except ValueError as error:
-                raise StructureError(f"{name!r} cannot be the name of a class ({error}). Mend the source.") from error
-        return made[name]
-
-    return {name: tuple(cls.__name__ for cls in make(name, ()).__mro__[:-1]) for name in bases}
-
-
-def standard_library(module: str) -> bool:
-    """Whether a base such as ``abc.ABC`` or ``typing.Generic`` comes from here: no part of a model's design."""
-    return module.partition(".")[0] in _STANDARD_LIBRARY
+    named = {name for name, node in classes.items() if name.endswith("Mixin") and node.kind in ("class", "outside")}
+    with_init = {name for name in classes if may_have_init(name)}
+    beside = {base for node in classes.values() if with_init.intersection(node.bases) for base in node.bases}
+    return named | {name for name in beside - with_init if name in classes and classes[name].kind == "class"}
 
 
 def _identifier(name: str) -> str:
     return "".join(char if char.isalnum() or char == "_" else "_" for char in name)
 
 
+def _block(head: str, inside: Sequence[str]) -> list[str]:
+    """A class of a diagram's text: its head, and its lines in braces, indented below it."""
+    if not inside:
+        return [head]
+    indent = head[: len(head) - len(head.lstrip())]
+    return [f"{head} {{", *(f"{indent}    {line}" for line in inside), f"{indent}}}"]
+
+
 def _mermaid_text(text: str) -> str:
-    """No character that mermaid reads as syntax."""
+    """The text without characters that mermaid reads as syntax."""
     return text.replace('"', "'").replace("{", "(").replace("}", ")").replace(": ", " ").replace("~", "-")

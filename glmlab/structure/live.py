@@ -1,4 +1,4 @@
-"""Class graphs of live classes: bases from ``__mro__``, parts from the module tree, builders from the registry."""
+"""Class graphs of live classes: bases from ``__mro__``, parts from the module tree, Auto classes from the registry."""
 
 import functools
 import inspect
@@ -22,11 +22,11 @@ from glmlab.structure.graph import (
     Part,
     StructureError,
     build_graph,
-    standard_library,
 )
 
 _LEAF_PACKAGES = ("torch", "bitsandbytes", "transformers.activations")
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_OUTSIDE = ("abc", "typing", "collections", "enum", "contextlib", "builtins")  # abc.ABC, typing.Generic: no design
 
 
 def class_graph(
@@ -36,15 +36,15 @@ def class_graph(
     members: Members = "calls",
     include: str | Sequence[str] | None = None,
 ) -> ClassGraph:
-    """Read the class graph of a model or a class as Python sees it.
+    """Read the class graph of a model or a class from Python itself.
 
-    Of a class: everything in its MRO. Of a model, moreover: the classes of its parts with attribute and count, read
-    from the module tree; layers of PyTorch itself stay attributes. Of a class that transformers' Auto classes build,
-    moreover: the Auto side, from ``model_type`` to the class.
+    The graph of a class is everything in its MRO. A model adds the classes of its parts, with attribute and count, from
+    the module tree; layers of PyTorch itself stay attributes. A class that transformers' Auto classes build adds them
+    and its config, from ``model_type`` to the class.
 
     Args:
-        model_or_class: a class, a module, or what ``load_model`` gives. A class alone has no parts: a skeleton from
-            :func:`glmlab.models.loading.build_skeleton` has them at no cost in memory.
+        model_or_class: a class, a module, or what ``load_model`` returns. A class alone has no parts; a skeleton from
+            :func:`glmlab.models.loading.build_skeleton` has them and needs no memory.
         depth: most steps away from the class, along bases, parts and builders; None for everything.
         members: "calls" (what a user calls), "public", "all", "none", or a list of names.
         include: shell patterns of class names, such as ``"Glm*"``.
@@ -70,7 +70,8 @@ def class_graph(
         )
     parts = _parts(model) if isinstance(model, nn.Module) else {}
     builders, registered = _auto_side(root)
-    classes = _with_ancestors([root, *parts, *builders])
+    starts = [root, *parts, *builders]
+    classes = list(dict.fromkeys(above for cls in starts for above in cls.__mro__ if above is not object))
     names = _unique_names(classes)
     nodes = [
         ClassNode(
@@ -88,13 +89,7 @@ def class_graph(
         for cls in classes
     ]
     builds = [Arrow("builds", names[maker], names[made], label) for maker, made, label in registered]
-    graph = build_graph(nodes, [names[root]], builds)
-    return graph.select(depth=depth, include=include, members=members)
-
-
-def _with_ancestors(classes: Iterable[type]) -> list[type]:
-    """The classes and all they inherit from but object, each once, in order of look-up."""
-    return list(dict.fromkeys(above for cls in classes for above in cls.__mro__ if above is not object))
+    return build_graph(nodes, [names[root]], builds).select(depth=depth, include=include, members=members)
 
 
 def _plain_name(cls: type) -> str:
@@ -102,11 +97,11 @@ def _plain_name(cls: type) -> str:
 
 
 def _unique_names(classes: Sequence[type]) -> dict[type, str]:
-    """Plain names; two classes of one name are told apart by their modules."""
-    uses = Counter(_plain_name(cls) for cls in classes)
+    """Plain names; classes that share one get their module in front."""
+    uses = Counter(map(_plain_name, classes))
     return {
-        cls: _plain_name(cls) if uses[_plain_name(cls)] == 1 else f"{cls.__module__}.{cls.__qualname__}"
-        for cls in classes
+        cls: name if uses[name] == 1 else f"{cls.__module__}.{cls.__qualname__}"
+        for cls, name in zip(classes, map(_plain_name, classes), strict=True)
     }
 
 
@@ -115,11 +110,11 @@ def _kind(cls: type) -> NodeKind:
         return "torch"
     if cls.__module__.startswith("transformers.models.auto."):
         return "auto"
-    return "outside" if standard_library(cls.__module__) or cls.__module__ == "builtins" else "class"
+    return "outside" if cls.__module__.partition(".")[0] in _OUTSIDE else "class"
 
 
 def _members(cls: type) -> Iterable[Member]:
-    """Methods and properties that the class itself defines; what Python and dataclasses add is left out."""
+    """Methods and properties that the class itself defines."""
     for name, value in vars(cls).items():
         abstract = bool(getattr(value, "__isabstractmethod__", False))
         if isinstance(value, classmethod):
@@ -129,7 +124,7 @@ def _members(cls: type) -> Iterable[Member]:
         elif isinstance(value, (property, functools.cached_property)):
             yield Member(name, "property", abstract)
         elif inspect.isroutine(value):
-            # nn.Module.forward is abstract in all but name: a stand-in that raises NotImplementedError
+            # nn.Module.forward is abstract in effect: a stand-in that raises NotImplementedError
             unimplemented = getattr(value, "__name__", "") == "_forward_unimplemented"
             yield Member(name, "method", abstract or unimplemented)
 
@@ -138,7 +133,7 @@ _Counts = dict[tuple[str, type], tuple[int, int]]
 
 
 def _parts(model: nn.Module) -> dict[type, _Counts]:
-    """Class -> (attribute, class of the part) -> fewest and most of it in an instance; leaf classes are no keys."""
+    """Class -> (attribute, class of the part) -> fewest and most in one instance; leaf classes are no keys."""
     held: dict[type, list[Counter[tuple[str, type]]]] = {}
     for module in model.modules():
         if not isinstance(module, _CONTAINERS) and (module is model or not _is_leaf(type(module))):
@@ -167,7 +162,7 @@ def _is_leaf(cls: type) -> bool:
 
 
 def _auto_side(root: Any) -> tuple[list[type], list[tuple[type, type, str]]]:
-    """Auto classes that build ``root``, its config class, and who builds whom; empty where nothing is registered."""
+    """Auto classes that build ``root``, its config class, and who builds whom; empty if nothing is registered."""
     config_class = getattr(root, "config_class", None)
     if not issubclass(root, PreTrainedModel) or config_class is None:
         return [], []
@@ -188,7 +183,7 @@ def _auto_side(root: Any) -> tuple[list[type], list[tuple[type, type, str]]]:
 
 
 def _is_built(auto: Any, config_class: Any, root: type) -> bool:
-    """Whether the Auto class builds ``root`` from such a config; some list several classes for one."""
+    """Whether the Auto class builds ``root`` from this config; some list several classes for one config."""
     registry = auto._model_mapping
     if registry is None or config_class not in registry:
         return False

@@ -1,34 +1,79 @@
-"""The module tree of a model: parameters and bytes of every module, and the shapes that pass through in a decode step.
+"""The module tree of a model: parameters, bytes and returned shape of every module, equal layers in one row.
 
-Equal layers are folded into one row with a count, so that the tree of 28 layers is as long as that of one.
+torchinfo prints such trees, too, but not of these models: it miscounts packed 4-bit and tied weights, knows no
+quantisation state, lists each of 28 equal layers, and fails on a decode step with a cache.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from glmlab.core.units import format_bytes
 from glmlab.models.loading import LoadedModel
 from glmlab.models.sizes import own_tensors, quantisation_state_of
 from glmlab.structure.graph import StructureError
-from glmlab.structure.tree import ModuleRow, ModuleTree, Shape
+
+_CONTEXT_TOKENS = 16  # cached before the traced step; the shapes do not depend on it
 
 
-def module_tree(loaded: LoadedModel | nn.Module, *, context_tokens: int = 16) -> ModuleTree:
+@dataclass(frozen=True)
+class ModuleTree:
+    """The rows of a module tree as a table, outermost module first; its repr prints the tree."""
+
+    name: str
+    table: pd.DataFrame
+    """Columns:
+
+    - module: dotted path from the model; a folded row has the first and last index, ``model.layers.0-27.mlp``
+    - label: attribute, count and class, ``layers.0-27: 28 x GlmDecoderLayer``; level: its indentation
+    - count: how many modules of the model the row stands for; the sums are those of all of them
+    - parameters, bytes: with the module's parts; bytes include buffers and quantisation state
+    - own_parameters, own_bytes: without its parts; over all rows they add up to the model's
+    - output_shape: of the first tensor that a decode step returns; empty if the module is not called
+    """
+
+    @property
+    def parameters(self) -> int:
+        """All parameters of the unquantised model, tied ones once."""
+        return int(self.table["parameters"].iloc[0])
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters, buffers and quantisation state, tied ones once."""
+        return int(self.table["bytes"].iloc[0])
+
+    def __repr__(self) -> str:
+        shown = pd.DataFrame(
+            {
+                "module": self.table["level"].map("  ".__mul__) + self.table["label"],
+                "parameters": self.table["parameters"].map("{:,}".format),
+                "bytes": self.table["bytes"].map(format_bytes),
+                "share": (self.table["bytes"] / self.total_bytes).map("{:.1%}".format),
+                "decode step": self.table["output_shape"],
+            }
+        )
+        shown["module"] = shown["module"].str.ljust(shown["module"].str.len().max())
+        return shown.to_string(index=False, justify="right")
+
+
+def module_tree(loaded: LoadedModel | nn.Module) -> ModuleTree:
     """Lay out a model's modules with their sizes, and trace one decode step through them.
 
     Args:
-        loaded: from ``load_model``, or a causal language model; on the meta device it costs neither memory nor time.
-        context_tokens: tokens that are cached before the traced step.
+        loaded: from ``load_model``, or a causal language model; on the meta device it needs neither memory nor time.
 
     Returns:
-        The tree. Its totals are those of the model's LoadReport: ``parameters`` (of the unquantised model, as there)
-        and ``total_bytes``. Children of one list that are equal in class and in every shape are one row.
+        The tree. Its totals are those of the model's LoadReport. Neighbours in a list whose classes and shapes are
+        equal are one row.
 
     Raises:
-        StructureError: not a causal language model, or ``context_tokens`` below 1.
+        StructureError: not a causal language model.
 
     Example:
         >>> from glmlab import load_model
@@ -43,30 +88,44 @@ def module_tree(loaded: LoadedModel | nn.Module, *, context_tokens: int = 16) ->
             f"{type(model).__name__} is not a causal language model. Give what load_model returns, or a skeleton from "
             "build_skeleton."
         )
-    if context_tokens < 1:
-        raise StructureError(f"context_tokens={context_tokens}: a decode step needs at least one cached token.")
-    sizes = _Sizes(model)  # before the first step: bitsandbytes repacks quantised weights for a CPU in it
-    shapes = decode_shapes(model, context_tokens=context_tokens)
+    own = _own_sizes(model)  # before the first step, in which bitsandbytes repacks quantised weights for a CPU
+    whole: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for path, sizes in own.items():
+        for inside in ("", *(path[:end] for end in range(1, len(path) + 1) if f"{path}."[end] == ".")):
+            whole[inside] = [total + size for total, size in zip(whole[inside], sizes, strict=True)]
+    shapes = decode_shapes(model)
+    rows = [
+        {
+            "module": shown_path,
+            "label": label,
+            "level": level,
+            "class": type(model.get_submodule(paths[0])).__name__,
+            "count": len(paths),
+            "parameters": sum(whole[path][0] for path in paths),
+            "own_parameters": sum(own[path][0] for path in paths),
+            "bytes": sum(whole[path][1] for path in paths),
+            "own_bytes": sum(own[path][1] for path in paths),
+            "output_shape": " × ".join(map(str, shapes.get(paths[0], ()))),
+        }
+        for shown_path, label, level, paths in _folded(model)
+    ]
     name = loaded.report.name if isinstance(loaded, LoadedModel) else type(model).__name__
-    return ModuleTree(name, tuple(sizes.rows(shapes)), context_tokens)
+    return ModuleTree(name, pd.DataFrame(rows))
 
 
-def decode_shapes(model: nn.Module, *, context_tokens: int) -> dict[str, Shape]:
-    """Shape of the first tensor that every module returns in one decode step: module path -> shape.
-
-    A prefill fills the cache; then hooks listen while one more token is read.
-    """
-    heard: dict[str, Shape] = {}
+def decode_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of the first tensor that every module returns in one decode step: module path -> shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def listen(path: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if (tensor := _first_tensor(output)) is not None:
-                heard[path] = tuple(tensor.shape)
+                shapes[path] = tuple(tensor.shape)
 
         return hook
 
     device = next(model.parameters()).device
-    prompt = torch.ones(1, context_tokens, dtype=torch.long, device=device)
+    prompt = torch.ones(1, _CONTEXT_TOKENS, dtype=torch.long, device=device)
     with torch.no_grad():
         cache = model(input_ids=prompt, use_cache=True).past_key_values
         handles = [module.register_forward_hook(listen(path)) for path, module in model.named_modules()]
@@ -75,95 +134,28 @@ def decode_shapes(model: nn.Module, *, context_tokens: int) -> dict[str, Shape]:
         finally:
             for handle in handles:
                 handle.remove()
-    return heard
+    return shapes
 
 
 def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output
     if isinstance(output, dict):  # transformers' outputs; the logits come first
         output = tuple(output.values())
-    if isinstance(output, (tuple, list)):
-        return next((value for value in output if isinstance(value, Tensor)), None)
-    return None
+    values = output if isinstance(output, (tuple, list)) else [output]
+    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
-class _Sizes:
-    """Rows of a model; a tied tensor counts where it is met first."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._own: dict[str, tuple[int, int]] = {}
-        seen: set[int] = set()
-        for path, module in model.named_modules(remove_duplicate=False):
-            fresh = [(name, tensor) for name, tensor in own_tensors(module) if id(tensor) not in seen]
-            seen |= {id(tensor) for _, tensor in fresh}
-            self._own[path] = (
-                sum(_parameter_count(tensor) for name, tensor in fresh if name in module._parameters),
-                sum(_stored_bytes(module, tensor) for _, tensor in fresh),
-            )
-
-    def rows(self, shapes: Mapping[str, Shape]) -> Iterator[ModuleRow]:
-        """Every row, outermost first."""
-        yield from self._rows([("", self._model)], "", "", 0, shapes)
-
-    def _rows(
-        self,
-        same: Sequence[tuple[str, nn.Module]],
-        shown_path: str,
-        attribute: str,
-        level: int,
-        shapes: Mapping[str, Shape],
-    ) -> Iterator[ModuleRow]:
-        """Rows of equal modules that stand in corresponding places: their own row, then their parts'."""
-        path, first = same[0]
-        own = [self._own[member] for member, _ in same]
-        below = [size for member, module in same for size in self._below(member, module)]
-        own_parameters, own_bytes = sum(size[0] for size in own), sum(size[1] for size in own)
-        yield ModuleRow(
-            path=shown_path,
-            attribute=attribute,
-            class_name=type(first).__name__,
-            level=level,
-            count=len(same),
-            parameters=own_parameters + sum(size[0] for size in below),
-            own_parameters=own_parameters,
-            total_bytes=own_bytes + sum(size[1] for size in below),
-            own_bytes=own_bytes,
-            output_shape=shapes.get(path),
+def _own_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module path -> parameters and bytes of its own tensors; a tied tensor counts in the first that holds it."""
+    sizes = {}
+    seen: set[int] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        fresh = [(name, tensor) for name, tensor in own_tensors(module) if id(tensor) not in seen]
+        seen |= {id(tensor) for _, tensor in fresh}
+        sizes[path] = (
+            sum(_parameter_count(tensor) for name, tensor in fresh if name in module._parameters),
+            sum(_n_bytes(part) for _, tensor in fresh for part in (tensor, *quantisation_state_of(module, tensor))),
         )
-        for group in _equal_runs(first):
-            members = [
-                (f"{member}.{name}".lstrip("."), module.get_submodule(name))
-                for member, module in same
-                for name in group
-            ]
-            shown = group[0] if len(group) == 1 else f"{group[0]}-{group[-1].rpartition('.')[2]}"
-            label = shown if len(group) == 1 else f"{shown}: {len(group)} x"
-            yield from self._rows(members, f"{shown_path}.{shown}".lstrip("."), label, level + 1, shapes)
-
-    def _below(self, path: str, module: nn.Module) -> Iterator[tuple[int, int]]:
-        for name, _ in module.named_modules(remove_duplicate=False):
-            if name:
-                yield self._own[f"{path}.{name}".lstrip(".")]
-
-
-def _equal_runs(module: nn.Module) -> Iterator[list[str]]:
-    """Names of the children; of a list in the list's place its elements, equal neighbours together."""
-    for name, child in module.named_children():
-        if not isinstance(child, nn.ModuleList):
-            yield [name]
-            continue
-        for _, run in groupby(child.named_children(), key=lambda element: _signature(element[1])):
-            yield [f"{name}.{index}" for index, _ in run]
-
-
-def _signature(module: nn.Module) -> Any:
-    """Class, names and shapes of everything inside: what makes two layers equal."""
-    return [
-        (path, type(inner), [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own_tensors(inner)])
-        for path, inner in module.named_modules()
-    ]
+    return sizes
 
 
 def _parameter_count(tensor: Tensor) -> int:
@@ -172,7 +164,40 @@ def _parameter_count(tensor: Tensor) -> int:
     return tensor.numel() if state is None else torch.Size(state.shape).numel()
 
 
-def _stored_bytes(module: nn.Module, tensor: Tensor) -> int:
-    """Bytes of a tensor with its quantisation state."""
-    state = sum(part.numel() * part.element_size() for part in quantisation_state_of(module, tensor))
-    return tensor.numel() * tensor.element_size() + state
+def _n_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+_Row = tuple[str, str, int, Sequence[str]]
+"""Shown path, label, level, and the paths of the equal modules in the row."""
+
+
+def _folded(
+    model: nn.Module, paths: Sequence[str] = ("",), shown: str = "", label: str = "", level: int = 0
+) -> Iterator[_Row]:
+    """Rows of equal modules in corresponding places: their own row, then those of their parts."""
+    module = model.get_submodule(paths[0])
+    yield shown, f"{label}{type(module).__name__}", level, paths
+    for run in _equal_runs(module):
+        inner = [f"{path}.{name}".lstrip(".") for path in paths for name in run]
+        name = run[0] if len(run) == 1 else f"{run[0]}-{run[-1].rpartition('.')[2]}"
+        count = "" if len(run) == 1 else f"{len(run)} x "
+        yield from _folded(model, inner, f"{shown}.{name}".lstrip("."), f"{name}: {count}", level + 1)
+
+
+def _equal_runs(module: nn.Module) -> Iterator[list[str]]:
+    """Names of the children; a list is replaced by its elements, equal neighbours together."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            for _, run in groupby(child.named_children(), key=lambda element: _signature(element[1])):
+                yield [f"{name}.{index}" for index, _ in run]
+        else:
+            yield [name]
+
+
+def _signature(module: nn.Module) -> Any:
+    """Class, names and shapes of everything inside: what makes two layers equal."""
+    return [
+        (path, type(inner), [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in own_tensors(inner)])
+        for path, inner in module.named_modules()
+    ]

@@ -1,36 +1,32 @@
 """Class graphs of source that is never executed, and of class facts kept in a file.
 
-griffe reads classes, bases and methods from the text; the parts of a class are read from the text of its ``__init__``.
-Nothing is imported: neither the file nor what it imports.
+Classes, bases, members and parts are read from the syntax tree; neither the file nor what it imports is imported.
 """
 
 import ast
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import griffe
-
-from glmlab.structure.graph import Arrow, ClassGraph, ClassNode, Member, Part, StructureError, build_graph, linearize
+from glmlab.structure.graph import Arrow, ClassGraph, ClassNode, Member, Part, StructureError, build_graph
 
 _CONTAINERS = ("torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.Sequential")
 _NO_MODULES = ("torch.nn.Parameter",)
 
 
 def source_class_graph(folder_or_file: str | Path) -> ClassGraph:
-    """Read the class graph of Python source without running it, such as modeling_chatglm.py beside a checkpoint.
+    """Read the class graph of Python source without running it, such as a checkpoint's modeling_chatglm.py.
 
     Args:
-        folder_or_file: a ``.py`` file, or a folder with ``modeling_*.py`` files. If a config.json lies beside them,
-            its ``auto_map`` tells which Auto class leads to which class of the file.
+        folder_or_file: a ``.py`` file, or a folder with ``modeling_*.py`` files. The ``auto_map`` of a config.json
+            beside them says which Auto class leads to which class of the file.
 
     Returns:
-        The classes of the file. Bases from elsewhere are known by name only; :func:`~glmlab.structure.graph.join` fills
-        them in. The roots are what ``auto_map`` names, else the classes that no other class inherits from or holds. A
-        part that is made in a branch of ``__init__`` counts ``0..1``; how many a list holds, source does not tell.
+        The classes of the file. Of bases from elsewhere only the name is known; :func:`join` fills them in. The roots
+        are the classes in ``auto_map``, else those that no other class inherits from or holds. A part that a branch of
+        ``__init__`` makes counts ``0..1``; how many a list holds, source does not say.
 
     Raises:
         StructureError: nothing there, no ``.py`` file, no ``modeling_*.py`` in the folder, text that is not UTF-8 or
@@ -45,16 +41,28 @@ def source_class_graph(folder_or_file: str | Path) -> ClassGraph:
     """
     files = _find_sources(Path(folder_or_file).expanduser())
     modules = [_read_module(file) for file in files]
-    local = {path: griffe_class for module in modules for path, griffe_class in module.classes.items()}
+    local = {path: definition.name for module in modules for path, definition in module.classes.items()}
     if not local:
         raise StructureError(f"{', '.join(file.name for file in files)} defines no class. Give a file that does.")
-    names = _Names(local)
-    nodes = [
-        _node(module, path, griffe_class, names) for module in modules for path, griffe_class in module.classes.items()
-    ]
+    nodes: list[ClassNode] = []
+    outside: dict[str, ClassNode] = {}
+    for module in modules:
+        for definition in module.classes.values():
+            bases = [path for base in definition.bases if (path := module.path(base)) != "object"]
+            outside |= {path: _outside(path, local) for path in bases if path not in local}
+            nodes.append(
+                ClassNode(
+                    name=definition.name,
+                    module=module.name,
+                    bases=tuple(_name(path, local) for path in bases),
+                    mro=(),
+                    members=tuple(_members(definition)),
+                    parts=tuple(_parts(module, definition, local)),
+                )
+            )
     builds = _auto_map(files[0].with_name("config.json"), {node.name for node in nodes})
-    outside = [*names.outside.values(), *(_outside(arrow.source, "transformers") for arrow in builds)]
-    return _assemble([*nodes, *outside], builds)
+    makers = [_outside(f"transformers.{arrow.source}", local) for arrow in builds]
+    return _assemble([*nodes, *outside.values(), *makers], builds)
 
 
 def _find_sources(path: Path) -> list[Path]:
@@ -74,29 +82,27 @@ def _find_sources(path: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class _Module:
-    """A source file: as griffe reads it (names), and as Python parses it (the text of ``__init__``)."""
+    """The syntax tree of a source file: its classes, and what its names stand for."""
 
-    griffe_module: Any
-    tree: ast.Module
-    classes: dict[str, Any]
-    """Path -> griffe's class, in the file's order."""
+    name: str
+    classes: dict[str, ast.ClassDef]
+    """Path -> definition, in the file's order."""
+    names: dict[str, str]
+    """Name in the file -> path: ``nn`` -> ``torch.nn``."""
 
-    def resolve(self, dotted: str) -> str | None:
-        """Where a name of the file leads: a path such as ``torch.nn.Linear``; None for a local variable."""
-        first, dot, rest = dotted.partition(".")
-        try:
-            return f"{self.griffe_module.resolve(first)}{dot}{rest}"
-        except griffe.NameResolutionError:
-            return None
+    def path(self, expression: ast.expr) -> str:
+        """Full path of a dotted name: ``nn.Linear`` -> ``torch.nn.Linear``; local variables stay as they are."""
+        if isinstance(expression, ast.Subscript):  # Generic[T]
+            return self.path(expression.value)
+        first, dot, rest = ast.unparse(expression).partition(".")
+        return f"{self.names.get(first, first)}{dot}{rest}"
 
 
 def _read_module(file: Path) -> _Module:
     try:
-        text = file.read_text(encoding="utf-8-sig")  # Python reads past a byte order mark, too
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the parser, on the file's style
-            tree = ast.parse(text)
-            module = griffe.visit(file.stem, filepath=file, code=text)
+            warnings.simplefilter("ignore")  # of the parser, about the file's style
+            tree = ast.parse(file.read_text(encoding="utf-8-sig"))  # like Python, skips a byte order mark
     except OSError as error:
         raise StructureError(f"{file} cannot be read ({error.strerror}).") from error
     except UnicodeDecodeError as error:
@@ -104,191 +110,152 @@ def _read_module(file: Path) -> _Module:
     except (SyntaxError, ValueError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else error
-        raise StructureError(f"{file.name}{where} is not Python: {reason}. Download it again, or mend it.") from error
+        raise StructureError(f"{file.name}{where} is not Python: {reason}. Download it again, or fix it.") from error
     except (RecursionError, MemoryError) as error:
         raise StructureError(f"{file.name} is nested too deeply to be read. It is no ordinary source.") from error
-    classes = {member.path: member for member in module.members.values() if isinstance(member, griffe.Class)}
-    return _Module(module, tree, classes)
+    names: dict[str, str] = {}
+    classes = {}
+    for statement, _ in _statements(tree.body):
+        if isinstance(statement, ast.Import):
+            names |= {
+                a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in statement.names
+            }
+        elif isinstance(statement, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{statement.module or ''}.{a.name}".lstrip(".") for a in statement.names}
+        elif isinstance(statement, ast.ClassDef):
+            names[statement.name] = f"{file.stem}.{statement.name}"
+            classes[names[statement.name]] = statement
+    return _Module(file.stem, classes, names)
 
 
-class _Names:
-    """Names of nodes for paths: plain ones for classes of the files, ``nn.`` for PyTorch's, others by need."""
-
-    def __init__(self, local: Mapping[str, Any]) -> None:
-        self._local: dict[str, str] = {path: griffe_class.name for path, griffe_class in local.items()}
-        self.outside: dict[str, ClassNode] = {}
-
-    def is_local(self, path: str) -> bool:
-        return path in self._local
-
-    def plain(self, path: str) -> str:
-        """Name of a class wherever it comes from."""
-        if path in self._local:
-            return self._local[path]
-        if path.startswith("torch.nn."):
-            return f"nn.{path.rpartition('.')[2]}"
-        name = path.rpartition(".")[2]
-        return path if name in self._local.values() else name
-
-    def base(self, path: str) -> str:
-        """Name of a base; one from outside the files is noted down."""
-        name = self.plain(path)
-        if path not in self._local and path != "object":
-            self.outside[path] = _outside(name, path.rpartition(".")[0])
-        return name
+def _statements(body: Iterable[ast.stmt], certain: bool = True) -> Iterator[tuple[ast.stmt, bool]]:
+    """Statements with those inside their blocks, and whether each one runs whenever the body does."""
+    for statement in body:
+        yield statement, certain
+        if isinstance(statement, (ast.With, ast.Try)):
+            yield from _statements(statement.body, certain)
+            for handler in getattr(statement, "handlers", ()):
+                yield from _statements(handler.body, False)
+        elif isinstance(statement, (ast.If, ast.For, ast.While)):
+            yield from _statements([*statement.body, *statement.orelse], False)
 
 
-def _outside(name: str, module: str) -> ClassNode:
-    kind = "torch" if module.partition(".")[0] == "torch" else "outside"
-    return ClassNode(name, module, (), (name,), kind=kind)  # type: ignore[arg-type]
+def _name(path: str, local: Mapping[str, str]) -> str:
+    """Name in the graph: plain, ``nn.`` for PyTorch's; the full path if a class of the files has the same name."""
+    if path in local:
+        return local[path]
+    name = path.rpartition(".")[2]
+    if path.startswith("torch.nn."):
+        return f"nn.{name}"
+    return path if name in local.values() else name
 
 
-def _node(module: _Module, path: str, griffe_class: Any, names: _Names) -> ClassNode:
-    paths = [getattr(base, "canonical_path", str(base)) for base in griffe_class.bases]
-    bases = tuple(names.base(base) for base in paths if base != "object")
-    definition = next(
-        node
-        for node in ast.walk(module.tree)
-        if isinstance(node, ast.ClassDef)
-        and node.name == griffe_class.name
-        and node.end_lineno == griffe_class.endlineno
-    )
-    return ClassNode(
-        name=names.plain(path),
-        module=module.griffe_module.name,
-        bases=bases,
-        mro=(),
-        members=tuple(_members(griffe_class)),
-        parts=tuple(_parts(module, definition, names)),
-    )
+def _outside(path: str, local: Mapping[str, str]) -> ClassNode:
+    name, module = _name(path, local), path.rpartition(".")[0]
+    return ClassNode(name, module, (), (name,), kind="torch" if module.partition(".")[0] == "torch" else "outside")
 
 
-def _members(griffe_class: Any) -> Iterator[Member]:
-    for name, member in griffe_class.members.items():
-        abstract = "abstractmethod" in member.labels
-        if "property" in member.labels or "cached" in member.labels:
-            yield Member(name, "property", abstract)
-        elif isinstance(member, griffe.Function):
-            kind = "class method" if "classmethod" in member.labels else "method"
-            yield Member(name, "static method" if "staticmethod" in member.labels else kind, abstract)  # type: ignore[arg-type]
+def _members(definition: ast.ClassDef) -> Iterable[Member]:
+    found: dict[str, Member] = {}
+    for statement, _ in _statements(definition.body):
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            marks = {ast.unparse(decorator).rpartition(".")[2] for decorator in statement.decorator_list}
+            member = Member(statement.name, abstract="abstractmethod" in marks)
+            if marks & {"property", "cached_property"}:
+                member = replace(member, kind="property")
+            elif "classmethod" in marks:
+                member = replace(member, kind="class method")
+            elif "staticmethod" in marks:
+                member = replace(member, kind="static method")
+            found.setdefault(statement.name, member)
+    return found.values()
 
 
-def _assemble(nodes: Iterable[ClassNode], builds: Iterable[Arrow], roots: Iterable[str] = ()) -> ClassGraph:
-    by_name = {node.name: node for node in nodes}
-    lineages = linearize({name: node.bases for name, node in by_name.items()})
-    complete = [replace(node, mro=lineages[name]) for name, node in by_name.items()]
-    builds = list(builds)
-    used = {name for node in complete for name in (*node.bases, *(part.class_name for part in node.parts))}
-    chosen = list(roots) or list(dict.fromkeys(arrow.target for arrow in builds))
-    chosen = chosen or [node.name for node in complete if node.name not in used]
-    return build_graph(complete, chosen, builds)
-
-
-# ------------------------------------------------------------------------------------------ parts, from __init__
-
-
-def _parts(module: _Module, definition: ast.ClassDef, names: _Names) -> Iterator[Part]:
-    """What ``__init__`` puts into attributes of self: instances of the file's classes and of torch.nn's."""
+def _parts(module: _Module, definition: ast.ClassDef, local: Mapping[str, str]) -> Iterable[Part]:
+    """What ``__init__`` stores in attributes of self: instances of the file's classes and of torch.nn's."""
+    reader = _InitReader(module, local)
     for statement in definition.body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            reader = _InitReader(module, names)
-            reader.read(statement.body, certain=True)
-            yield from reader.found.values()
+            reader.read(statement.body)
+    return reader.found.values()
 
 
 class _InitReader:
-    """Walks the statements of one ``__init__``; ``_made_by`` remembers what its local names stand for."""
+    """Follows the statements of one ``__init__``; ``_made_by`` maps its local names to the classes they make."""
 
-    def __init__(self, module: _Module, names: _Names) -> None:
+    def __init__(self, module: _Module, local: Mapping[str, str]) -> None:
         self._module = module
-        self._names = names
+        self._local = local
         self._made_by: dict[str, list[str]] = {}
         self.found: dict[tuple[str, str], Part] = {}
 
-    def read(self, statements: Iterable[ast.stmt], *, certain: bool) -> None:
-        """Note the parts that statements make; ``certain``: they run whenever ``__init__`` does."""
-        for statement in statements:
+    def read(self, body: Iterable[ast.stmt]) -> None:
+        """Note the parts that the statements make."""
+        for statement, certain in _statements(body):
             if isinstance(statement, ast.FunctionDef):
                 returned = [node.value for node in ast.walk(statement) if isinstance(node, ast.Return)]
-                self._made_by[statement.name] = [path for value in returned for path in self._classes(value)]
-            elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
-                targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-                for target in targets:
+                self._made_by[statement.name] = [path for value in returned for path in self._instances(value)]
+            elif isinstance(statement, ast.Assign):
+                for target in statement.targets:
                     self._assign(target, statement.value, certain)
-            elif isinstance(statement, ast.If):
-                self.read(statement.body, certain=False)
-                self.read(statement.orelse, certain=False)
-            elif isinstance(statement, (ast.With, ast.Try)):
-                self.read(statement.body, certain=certain)
-                for handler in getattr(statement, "handlers", ()):
-                    self.read(handler.body, certain=False)
-            elif isinstance(statement, (ast.For, ast.While)):
-                self.read(statement.body, certain=False)
+            elif isinstance(statement, ast.AnnAssign):
+                self._assign(statement.target, statement.value, certain)
 
     def _assign(self, target: ast.expr, value: ast.expr | None, certain: bool) -> None:
         if isinstance(target, ast.Name):
-            self._made_by[target.id] = [*self._classes(value), *self._mentioned(value)]
+            self._made_by[target.id] = [*self._instances(value), *self._classes(value)]
         elif isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
-            made = list(dict.fromkeys(self._classes(value)))
-            many = any(
-                isinstance(node, ast.Call) and self._path(node.func) in _CONTAINERS
-                for node in ast.walk(value or target)
-            )
-            for path in made:
-                name = self._names.plain(path)
+            made = set(self._instances(value))
+            calls = [node for node in ast.walk(value or target) if isinstance(node, ast.Call)]
+            many = any(self._module.path(call.func) in _CONTAINERS for call in calls)
+            for path in dict.fromkeys(self._instances(value)):
+                name = _name(path, self._local)
                 least, most = (None, None) if many else (int(certain and len(made) == 1), 1)
                 self.found.setdefault((target.attr, name), Part(target.attr, name, least, most))
 
-    def _classes(self, value: ast.expr | None) -> Iterator[str]:
-        """Paths of the classes of which the expression makes instances."""
+    def _instances(self, value: ast.expr | None) -> Iterator[str]:
+        """Paths of the classes whose instances the expression makes."""
         if isinstance(value, ast.IfExp):
-            yield from self._classes(value.body)
-            yield from self._classes(value.orelse)
+            values = [value.body, value.orelse]
         elif isinstance(value, (ast.List, ast.Tuple)):
-            for element in value.elts:
-                yield from self._classes(element)
+            values = value.elts
         elif isinstance(value, (ast.ListComp, ast.GeneratorExp)):
-            yield from self._classes(value.elt)
-        elif isinstance(value, ast.Call):
-            yield from self._called(value)
+            values = [value.elt]
+        else:
+            if isinstance(value, ast.Call):
+                yield from self._called(value)
+            return
+        for inner in values:
+            yield from self._instances(inner)
 
     def _called(self, call: ast.Call) -> Iterator[str]:
-        path = self._path(call.func)
-        if isinstance(call.func, ast.Name) and self._made_by.get(call.func.id):
-            yield from self._made_by[call.func.id]
+        path = self._module.path(call.func)
+        if self._made_by.get(path):
+            yield from self._made_by[path]
         elif path in _CONTAINERS:
             for argument in call.args:
-                yield from self._classes(argument)
-        elif path and self._is_class(path):
+                yield from self._instances(argument)
+        elif self._is_class(path):
             yield path
         elif path not in ("isinstance", "issubclass", "hasattr"):
             for argument in call.args:  # a helper such as skip_init(Linear, …) makes what it is given
-                yield from self._mentioned(argument)
+                yield from self._classes(argument)
 
-    def _mentioned(self, value: ast.expr | None) -> Iterator[str]:
-        """Paths of the classes that an expression is, not makes: ``Norm`` in ``Norm if … else Other``."""
+    def _classes(self, value: ast.expr | None) -> Iterator[str]:
+        """Paths of the classes that the expression is: ``Norm`` and ``Other`` in ``Norm if … else Other``."""
         if isinstance(value, ast.IfExp):
-            yield from self._mentioned(value.body)
-            yield from self._mentioned(value.orelse)
-        elif (path := self._path(value)) and self._is_class(path):
+            yield from self._classes(value.body)
+            yield from self._classes(value.orelse)
+        elif isinstance(value, (ast.Name, ast.Attribute)) and self._is_class(path := self._module.path(value)):
             yield path
-
-    def _path(self, value: ast.expr | None) -> str | None:
-        if isinstance(value, (ast.Name, ast.Attribute)):
-            dotted = ast.unparse(value)
-            return self._module.resolve(dotted) or dotted
-        return None
 
     def _is_class(self, path: str) -> bool:
         of_torch = path.startswith("torch.nn.") and path.rpartition(".")[2][:1].isupper() and path not in _NO_MODULES
-        return self._names.is_local(path) or of_torch
-
-
-# --------------------------------------------------------------------------------------- auto_map, facts in a file
+        return path in self._local or of_torch
 
 
 def _auto_map(config_file: Path, known: set[str]) -> list[Arrow]:
-    """Arrows from Auto classes to classes of the file, as the checkpoint's config.json says."""
+    """Arrows from Auto classes to classes of the file, from the checkpoint's config.json."""
     if not config_file.is_file():
         return []
     try:
@@ -299,13 +266,66 @@ def _auto_map(config_file: Path, known: set[str]) -> list[Arrow]:
     return [Arrow("builds", auto, target, "auto_map") for auto, target in built if target in known]
 
 
+def _assemble(nodes: Iterable[ClassNode], builds: Sequence[Arrow], roots: Sequence[str] = ()) -> ClassGraph:
+    by_name = {node.name: node for node in nodes}
+    lineages = linearize({name: node.bases for name, node in by_name.items()})
+    complete = [replace(node, mro=lineages[name]) for name, node in by_name.items()]
+    used = {name for node in complete for name in (*node.bases, *(part.class_name for part in node.parts))}
+    roots = roots or list(dict.fromkeys(arrow.target for arrow in builds))
+    return build_graph(complete, roots or [node.name for node in complete if node.name not in used], builds)
+
+
+def join(graph: ClassGraph, other: ClassGraph) -> ClassGraph:
+    """Both graphs in one; if one knows only the name of a class, the other fills in the rest.
+
+    Example:
+        >>> from glmlab.core.resources import data_path
+        >>> published = read_class_facts(data_path("structure", "chatglm3-6b.json"))
+        >>> library = read_class_facts(data_path("structure", "transformers-4.38.json"))
+        >>> join(published, library).classes["ChatGLMModel"].mro[:4]
+        ('ChatGLMModel', 'ChatGLMPreTrainedModel', 'PreTrainedModel', 'nn.Module')
+    """
+    classes = dict(other.classes)
+    for name, node in graph.classes.items():
+        if name not in classes or node.bases or node.members:
+            classes[name] = replace(node, kind="class") if node.kind == "mixin" else node
+    builds = list(dict.fromkeys([*graph.builds, *other.builds]))
+    return replace(_assemble(classes.values(), builds, graph.roots), members=graph.members)
+
+
+def linearize(bases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """The MRO of every class from names alone, computed by Python itself on empty classes of the same shape.
+
+    Raises:
+        StructureError: a class inherits from itself, or Python refuses its bases or its name.
+
+    Example:
+        >>> linearize({"A": [], "B": ["A"], "C": ["A"], "D": ["B", "C"]})["D"]
+        ('D', 'B', 'C', 'A')
+    """
+    made: dict[str, type] = {}
+
+    def make(name: str, below: tuple[str, ...]) -> type:
+        if name in below:
+            raise StructureError(f"{' -> '.join([*below, name])}: a class cannot inherit from itself. Fix the source.")
+        if name not in made:
+            above = tuple(make(base, (*below, name)) for base in bases.get(name, ()))
+            try:
+                made[name] = type(name, above, {})
+            except (TypeError, ValueError) as error:
+                raise StructureError(f"{name!r} with the bases {bases[name]} cannot be a class: {error}") from error
+        return made[name]
+
+    return {name: tuple(cls.__name__ for cls in make(name, ()).__mro__[:-1]) for name in bases}
+
+
 def write_class_facts(graph: ClassGraph, path: str | Path, *, source: str) -> None:
-    """Keep what a graph knows of its classes as JSON: names of classes, bases, members and parts, no code.
+    """Write what a graph knows of its classes as JSON: names of classes, bases, members and parts, no code.
 
     Args:
-        graph: such as :func:`source_class_graph` gives.
+        graph: such as :func:`source_class_graph` returns.
         path: the file.
-        source: where the facts come from; it is kept with them.
+        source: where the facts come from; written with them.
 
     Raises:
         StructureError: the file cannot be written.
