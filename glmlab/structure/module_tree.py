@@ -49,17 +49,16 @@ class ModuleTree:
         return int(self.table["bytes"].iloc[0])
 
     def __repr__(self) -> str:
-        shown = pd.DataFrame(
-            {
-                "module": self.table["level"].map("  ".__mul__) + self.table["label"],
-                "parameters": self.table["parameters"].map("{:,}".format),
-                "bytes": self.table["bytes"].map(format_bytes),
-                "share": (self.table["bytes"] / self.total_bytes).map("{:.1%}".format),
-                "decode step": self.table["output_shape"],
-            }
-        )
-        shown["module"] = shown["module"].str.ljust(shown["module"].str.len().max())
-        return shown.to_string(index=False, justify="right")
+        modules = self.table["level"].map("  ".__mul__) + self.table["label"]
+        width = max(map(len, modules))
+        shown = {
+            "module".ljust(width): modules.str.ljust(width),
+            "parameters": self.table["parameters"].map("{:,}".format),
+            "bytes": self.table["bytes"].map(format_bytes),
+            "share": (self.table["bytes"] / self.total_bytes).map("{:.1%}".format),
+            "decode step": self.table["output_shape"],
+        }
+        return pd.DataFrame(shown).to_string(index=False)
 
 
 def module_tree(loaded: LoadedModel | nn.Module) -> ModuleTree:
