@@ -20,6 +20,7 @@ _HOMES = {  # public name -> module that defines it
     "encode_chat": "prompts.encoding",
     "decode_steps": "generation.decoding",
     "ChatSession": "generation.chat",
+    "Forecast": "forecast.forecast",
     "class_graph": "structure.live",
     "source_class_graph": "structure.source",
 }

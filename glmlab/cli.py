@@ -4,6 +4,7 @@ Heavy packages are imported inside the commands, so that ``glmlab --help`` answe
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,10 +133,12 @@ def forecast(
     trace: Annotated[
         str | None, typer.Option(help="forecast a recorded trace of data/traces instead of a model")
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8 or int4")] = "fp16",
-    attention: Annotated[str, typer.Option(help="sdpa or eager")] = "sdpa",
-    cache: Annotated[str, typer.Option(help="dynamic or static")] = "dynamic",
-    batch: Annotated[int, typer.Option(help="sequences at a time")] = 1,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, fp16, int8 or int4; default: fp16, or the trace's own")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="sdpa or eager; default: sdpa, or the trace's own")] = None,
+    cache: Annotated[str | None, typer.Option(help="dynamic or static; default: dynamic, or the trace's own")] = None,
+    batch: Annotated[int | None, typer.Option(help="sequences at a time; default: 1")] = None,
     tokens: Annotated[int | None, typer.Option(help="context length to reach in one turn")] = None,
     turns: Annotated[
         str | None, typer.Option(help="prompt:generated tokens of every turn, such as 30:500,30:500")
@@ -145,51 +148,45 @@ def forecast(
     figure: Annotated[Path | None, typer.Option(help="draw it by component (.pdf, .svg or .png)")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="list every rise and plateau with its reason")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="print the last step and the explanation's rises as JSON")
+        bool, typer.Option("--json", help="print the last step, rises, plateaus, longest context and provenance")
     ] = False,
 ) -> None:
     """Say without a GPU what gpustat would show at every context length, by component."""
-    from glmlab.forecast.explanation import explain as explained
-    from glmlab.forecast.forecast import forecast as run
-    from glmlab.forecast.forecast import largest_context, summary
-    from glmlab.forecast.workload import Workload, WorkloadError
+    from glmlab.forecast.forecast import Forecast
+    from glmlab.forecast.workload import ForecastError
 
     if (model is None) == (trace is None):
-        raise WorkloadError(
+        raise ForecastError(
             "give either a model or --trace NAME, such as: glmlab forecast chatglm3-6b --precision int4"
         )
-    if trace is not None:
-        workload = Workload.recorded(trace, turns=turns, tokens=tokens, card=card)
-    else:
-        workload = Workload.of(
-            str(model),
-            turns=turns,
-            tokens=tokens,
-            precision=precision,
-            attention=attention,
-            cache=cache,
-            batch=batch,
-            card=card,
-        )
-    curve = run(workload)
+    fields = {"precision": precision, "attention": attention, "cache": cache, "batch": batch}
+    computed = Forecast.of(
+        model,
+        trace=trace or "",
+        turns=turns,
+        tokens=tokens,
+        card=card,
+        **{name: value for name, value in fields.items() if value is not None},
+    )
+    written = _save_one_figure(computed.curve, figure) if figure else []
     if csv:
-        curve.save(csv)
-    if figure:
-        _save_one_figure(curve, figure)
+        written += computed.curve_with_band().save(csv)
     if as_json:
-        _print_json({**curve.table.iloc[-1].to_dict(), "provenance": dict(curve.provenance)})
-        return
-    typer.echo("\n".join(summary(curve)))
-    if explain:
-        typer.echo(str(explained(curve)))
-    if card:
-        typer.echo(f"longest context: {largest_context(workload, card)}")
+        _print_json(computed.as_dict())
+    else:
+        typer.echo(computed.summary())
+        if explain:
+            typer.echo(computed.explain())
+        if card:
+            typer.echo(f"longest context: {computed.largest_context()}")
+    if written:
+        typer.echo("wrote " + ", ".join(map(str, dict.fromkeys(written))), err=as_json)
 
 
-def _save_one_figure(curve: "Curve", path: Path) -> None:
+def _save_one_figure(curve: "Curve", path: Path) -> list[Path]:
     from glmlab.figures import component_chart, save_figure
 
-    save_figure(
+    return save_figure(
         component_chart(curve),
         path.with_suffix(""),
         data=curve.table,
@@ -337,14 +334,13 @@ def bench(
     notebooks: Annotated[Path, typer.Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
 ) -> None:
     """Print what the suite's own code costs: ratios of two ways, seconds, the replay in nanoseconds an event."""
-    from glmlab.forecast.workload import Workload
+    from glmlab.forecast.forecast import Forecast
     from glmlab.suite.bench import format_rows, run_benchmarks
     from glmlab.suite.forecast_bench import STEPS, benchmark_replay, speed_table
-    from glmlab.tracing.tracer import trace
 
     typer.echo(format_rows(run_benchmarks(repetitions, out, notebooks=notebooks)))
     for attention in ("sdpa", "eager"):
-        traced = trace(Workload.of("chatglm3-6b", attention=attention).trace_settings())
+        traced = Forecast.of("chatglm3-6b", attention=attention).trace
         typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")
         typer.echo(speed_table(benchmark_replay(traced, steps=STEPS)))
 
@@ -378,8 +374,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a Windows console is not UTF-8 unless told
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    warnings.formatwarning = _format_warning
     try:
         app(standalone_mode=True)
     except GlmlabError as error:
         typer.echo(f"glmlab: {error}", err=True)
         raise SystemExit(2) from error
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning for the user is one line; others say where they come from."""
+    if category is UserWarning:
+        return f"glmlab: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"

@@ -18,8 +18,7 @@ from weather import TOOL_PROMPT, WEATHER_TOOL
 
 from glmlab import load_model
 from glmlab.core.resources import data_path
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 from glmlab.generation.chat import ChatSession
 from glmlab.models.loading import LoadedModel
 from glmlab.suite.notebooks import execute_notebook, normalize
@@ -92,7 +91,7 @@ def notebook_path(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def _compiled_replay() -> None:
     """Compile the replay once; on a new machine the first notebook to need it would say that it does."""
-    forecast(Workload.recorded("chatglm3-6b-original-int4", turns="8:2"), seeds=())
+    _ = Forecast.of(trace="chatglm3-6b-original-int4", turns="8:2").replay
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,10 @@ def test_a_recording_lands_where_it_is_asked_for(tmp_path):
         (["fetch", "some/body", "--from", "nowhere"], "glmlab: hub 'nowhere' is not known"),
         (["forecast"], "glmlab: give either a model or --trace NAME"),
         (["forecast", "misspelt"], "glmlab: no config for 'misspelt'"),
-        (["forecast", "chatglm3-6b", "--tokens", "9000"], "glmlab: the turns reach 9,000 tokens, but chatglm3-6b"),
+        (
+            ["forecast", "--trace", "chatglm3-6b-original-int4", "--tokens", "9000"],
+            "glmlab: the turns reach 9,000 tokens",
+        ),
         (["forecast", "chatglm3-6b", "--turns", "30-500"], "glmlab: turns: '30-500' is not prompt:generated"),
         (["forecast", "chatglm3-6b", "--card", "RTX 9999"], "glmlab: "),
         (["replay", "nowhere.pickle"], "glmlab: nowhere.pickle"),
@@ -103,9 +106,11 @@ ORIGINAL = ["forecast", "--trace", "chatglm3-6b-original-int4", "--turns", "8:41
 
 
 def test_a_forecast_is_printed_saved_drawn_and_explained(tmp_path):
-    table, figure = tmp_path / "curve.csv", tmp_path / "figures" / "curve.svg"
+    table, figure = tmp_path / "curve.csv", tmp_path / "curve.svg"  # a figure's data has the curve's name
     result = CliRunner().invoke(app, [*ORIGINAL, "--explain", "--csv", str(table), "--figure", str(figure)])
     assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == f"wrote {figure}, {table}, {tmp_path / 'curve.json'}"
+    assert "inactive, large pool" in result.stdout
     assert "after loading" in result.stdout
     assert "small pool, for" in result.stdout
     curve = read_curve(table)
@@ -115,11 +120,34 @@ def test_a_forecast_is_printed_saved_drawn_and_explained(tmp_path):
     assert figure.read_text().startswith("<?xml")
 
 
-def test_a_forecast_as_json():
-    result = CliRunner().invoke(app, [*ORIGINAL, "--json"])
-    last = json.loads(result.stdout)
-    assert last["step"] == 418 + 259
-    assert last["provenance"]["cuda_context_mib"] == 119
+def test_a_forecast_as_json_is_one_document_with_rises_and_the_longest_context(tmp_path):
+    arguments = ["--json", "--explain", "--card", "RTX 4060", "--csv", str(tmp_path / "curve.csv")]
+    result = CliRunner().invoke(app, [*ORIGINAL, *arguments])
+    told = json.loads(result.stdout)
+    assert told["step"] == 418 + 259
+    assert told["slack_small_mib"] == told["inactive_small_mib"]
+    assert told["rises"][-1]["step"] > 0
+    assert told["longest_context"]["limited_by"] == "model"
+    assert told["provenance"]["cuda_context_mib"] == 119
+    assert result.stderr.startswith(f"wrote {tmp_path / 'curve.csv'}, ")
+
+
+def test_a_recorded_trace_is_forecast_without_torch():
+    code = (
+        "import sys; from glmlab.cli import app; "
+        "app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, *ORIGINAL], capture_output=True, text=True, check=True).stdout
+    assert "709 tokens" in shown
+    assert shown.endswith("False\n")
+
+
+def test_a_context_beyond_the_models_limit_is_forecast_with_one_line_of_warning():
+    done = _run("forecast", "embedded", "--tokens", "8193")
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("glmlab: the turns reach 8,193 tokens, but embedded is made for 8,192")
+    assert "8,193 tokens" in done.stdout
 
 
 def test_a_real_snapshot_is_replayed(shared_data):

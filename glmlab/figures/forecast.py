@@ -56,7 +56,7 @@ def component_chart(curve: Curve) -> SuiteFigure:
     """Draw a forecast by component: above stacked up to what is used, below how each changed since the first step.
 
     Args:
-        curve: a forecast (``glmlab.forecast.forecast.forecast``).
+        curve: of a forecast (``Forecast.curve``).
 
     Returns:
         A figure of two panels over steps of context; memory in MiB. Turns begin at the vertical lines.
@@ -119,7 +119,7 @@ def pool_map(segments: Sequence[SegmentView], owners: Sequence[str], *, title: s
     """Draw the allocator's segments that are not full: every segment a bar, every block coloured by its owner.
 
     Args:
-        segments: from ``Run.segments_after`` or ``CachingAllocator.segments``.
+        segments: from ``Forecast.segments`` or ``CachingAllocator.segments``.
         owners: names of the owners that blocks refer to (``EventProgram.owners``).
         title: what moment it is.
 

@@ -1,21 +1,19 @@
 """Will a model fit here? What it needs at a context length, against the memory that is free.
 
-On a GPU the need is the forecast's highest ``used``: weights, keys and values, what is in flight, what the allocator
-holds idle, and the CUDA context. Free is what the driver says, plus what this process holds already. On a CPU there is
+On a GPU the need is the forecast's highest ``used``: weights, keys and values, what is in flight, inactive memory, and
+the CUDA context. Free is what the driver says, plus what this process holds already. On a CPU there is
 no such allocator: the need is what load_model asks for (weights and some room to work) and the keys and values.
 """
 
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from glmlab.core.cards import CardError, find_card
+from glmlab.core.cards import Card, CardError, cuda_context, find_card
 from glmlab.core.curve import WEIGHT_COLUMNS
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.forecast import ForecastError, cuda_context, forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast, beyond_limit
 from glmlab.memory.probes import MemoryProbe
 from glmlab.models.checkpoints import find_config
 from glmlab.models.kv_cache import kv_cache_bytes
@@ -67,7 +65,7 @@ class Fit:
     fitting: Need | None
     """The asked precision where it fits, else the largest below it that does; None where none does."""
     assumed: str
-    """What the need rests on that nobody measured here."""
+    """Assumptions not measured here."""
 
     @property
     def fits(self) -> bool:
@@ -76,7 +74,7 @@ class Fit:
 
 
 def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TOKENS, device: str = "auto") -> Fit:
-    """Hold what a model needs at a context length against what is free.
+    """Compare what a model needs at a context length with what is free.
 
     Args:
         model: "embedded", a checkpoint folder, a config.json, a name of ``data/configs``, or a hub id.
@@ -87,7 +85,6 @@ def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TO
     Raises:
         LoadError: unknown precision or device, int4 for a model that cannot have it.
         CheckpointError: no such model.
-        ForecastError: more tokens than the model is made for.
         ProbeError: the GPU's driver does not answer.
 
     Example:
@@ -111,18 +108,27 @@ def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TO
         import psutil
 
         name, total, free = "host memory", int(psutil.virtual_memory().total), free_bytes(target)
-    needs, assumed = [], ""
+    notes = {beyond_limit(model, tokens, getattr(skeleton.config, "max_position_embeddings", 0))}
+    needs = []
     for rung in ladder:
         if target.type == "cuda":
-            need, assumed = _gpu_need(model, rung, tokens, name)
+            need, note = _gpu_need(model, rung, tokens, _known_card(name))
+            notes.add(note)
         else:
-            need = _cpu_need(model, skeleton, rung, tokens)
+            need = _cpu_need(skeleton, rung, tokens)
         needs.append(need)
         if need.total_bytes <= free:
             break
     asked = needs[-1] if precision == "auto" else needs[0]
     fitting = needs[-1] if needs[-1].total_bytes <= free else None
-    return Fit(model, tokens, name, free, total, asked, fitting, assumed)
+    return Fit(model, tokens, name, free, total, asked, fitting, " ".join(sorted(notes - {""})))
+
+
+def _known_card(name: str) -> Card | None:
+    try:
+        return find_card(name)
+    except CardError:
+        return None
 
 
 def _below(precision: str, other: str) -> bool:
@@ -131,36 +137,29 @@ def _below(precision: str, other: str) -> bool:
     return bits[precision] < bits[other]
 
 
-def _gpu_need(model: str, precision: str, tokens: int, gpu_name: str) -> tuple[Need, str]:
+def _gpu_need(model: str, precision: str, tokens: int, card: Card | None) -> tuple[Need, str]:
     """The forecast at its busiest step, with the architecture and the CUDA context of the card where it is known."""
-    workload = Workload.of(model, precision=precision, tokens=tokens)
-    with suppress(CardError):  # a card that is not in data/gpus.csv
-        card = find_card(gpu_name)
-        workload = replace(workload, architecture=card.architecture, cuda_context_mib=card.cuda_context_mib)
-    assumed = f"CUDA context: {cuda_context(workload)[1]}." if workload.cuda_context_mib is None else ""
-    table = forecast(workload, seeds=()).table
+    forecast = Forecast.of(model, precision=precision, tokens=tokens, architecture=card.architecture if card else "")
+    context_mib, source = cuda_context(card)
+    table = forecast.curve.table
     busiest = table[table["used_mib"] == table["used_mib"].max()].iloc[-1]  # the longest context of the highest level
     uses = {
         "weights": busiest[list(WEIGHT_COLUMNS)].sum(),
         "quantisation state": busiest["quantisation_state_mib"],
         "KV payload": busiest["kv_payload_mib"],
-        "in flight and idle": busiest[list(_BESIDE)].sum(),
-        "CUDA context": busiest["cuda_context_mib"],
+        "in flight and inactive": busiest[list(_BESIDE)].sum(),
+        "CUDA context": context_mib,
     }
-    return Need(precision, {use: round(n_mib * MIB) for use, n_mib in uses.items()}), assumed
+    is_assumed = card is None or card.cuda_context_mib is None
+    need = Need(precision, {use: round(n_mib * MIB) for use, n_mib in uses.items()})
+    return need, f"CUDA context: {source}." if is_assumed else ""
 
 
-def _cpu_need(model: str, skeleton: Any, precision: str, tokens: int) -> Need:
+def _cpu_need(skeleton: Any, precision: str, tokens: int) -> Need:
     """What load_model asks for, and keys and values in the dtype of the computation."""
     dtype = dtype_beside(skeleton.config, precision, torch.device("cpu"))
     weights = predict_bytes(skeleton, precision, dtype)
     state_bytes = weights.pop("quantisation state")
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit and tokens > limit:
-        raise ForecastError(
-            f"the turns reach {tokens:,} tokens, but {model} is made for {limit:,} (its config's "
-            "max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
-        )
     return Need(
         precision,
         {

@@ -1,198 +1,458 @@
 """What a GPU would show for a workload, step by step and by component, without a GPU.
 
-A workload's trace says what is asked of the allocator, the replay says what the allocator takes from the driver, and
-the CUDA context comes on top. Every row of the table is a forward pass; row 0 is the state after loading. In every
-row
+A trace lists what the workload asks of the allocator, the replay says what the allocator takes from the driver, and the
+CUDA context is added. Every row of the curve is a forward pass; row 0 is the state after loading. In every row
 
-    used = weights + quantisation state + KV payload + KV copies + activations + slack (small, large) + CUDA context
+    used = weights + quantisation state + KV payload + KV copies + activations + inactive (small, large) + CUDA context
 
 exactly. All but the context are counted at the step's busiest moment: ``activations`` is what the step has in flight
 then (cuBLAS's workspace included), ``kv_copies`` is what keys and values hold beyond the payload (copies that the
-generation loop keeps, rounding, the unfilled part of a static cache, kept outputs), and slack is what the allocator
-holds idle then.
+generation loop keeps, rounding, the unfilled part of a static cache, kept outputs), and ``inactive`` is what the
+allocator has reserved and nobody uses.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from html import escape
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from glmlab.allocator.blocks import SegmentView
-from glmlab.allocator.program import EMPTY_CACHE, EventProgram, Int64Array, Replay
+from glmlab.allocator.program import Int64Array, Replay
 from glmlab.allocator.replay import StepReplayer
-from glmlab.core.cards import find_card
+from glmlab.core.cards import Card, cuda_context, find_card
 from glmlab.core.curve import COMPONENTS, Curve
-from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.workload import Workload, WorkloadError
-from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, Turn, load_recorded
-
-ASSUMED_CONTEXT_MIB = 119.0
-"""CUDA context where nothing is known of the card: that of the only card whose figure we have (an RTX 4060)."""
+from glmlab.forecast.explanation import Plateau, Rise, explanation_text, find_plateaus, find_rises
+from glmlab.forecast.workload import DEFAULT_PROMPT, ForecastError, Turns, Workload, parse_turns, resolve_model
+from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, load_recorded
 
 SEEDS = (1, 2, 3)
 """Orders in which the driver may hand out addresses, beside rising; the band is what they change."""
 
-
-WARM_UP_SPARES_BYTES = int(1.2 * 1024**3)
-"""What transformers' caching_allocator_warmup leaves of a card (modeling_utils.py)."""
-
-
-class ForecastError(GlmlabError):
-    """A workload that cannot be forecast, such as one beyond the model's context limit."""
+OLD_COLUMNS = {
+    "slack_small_mib": "inactive_small_mib",
+    "slack_large_mib": "inactive_large_mib",
+    "idle_small_mib": "inactive_small_after_mib",
+    "idle_large_mib": "inactive_large_after_mib",
+}
+"""Names that ``glmlab forecast --json`` printed before memory was called inactive, kept beside the new ones."""
 
 
 @dataclass(frozen=True)
 class Capacity:
     """How far a card goes: the longest context that fits, and what ends it."""
 
-    context_tokens: int
+    card: str
+    context_tokens: int  # 0: not even a short prompt fits
     limited_by: str  # "memory" or "model"
     message: str  # of the out-of-memory error, or the model's limit
-    card: str
-    used_mib: float  # at that context
+    used_mib: float | None  # at that context; None where nothing fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model fits at all."""
+        return self.context_tokens > 0
 
     def __str__(self) -> str:
+        if self.used_mib is None:
+            return f"{self.card}: does not fit; {self.message}"
         return f"{self.card}: {self.context_tokens:,} tokens ({self.used_mib:,.0f} MiB), limited by {self.limited_by}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A replayed workload: what the figures of a forecast are made of."""
+class Forecast:
+    """Memory of a model at every context length, by component, and why it rises; computed, without a GPU.
 
-    workload: Workload
-    trace: AllocationTrace  # with the workload's empty_cache() events and the card's cap on the warm-up block
-    schedule: Int64Array
-    replay: Replay
-    context_mib: float
-    context_source: str
-    capacity_bytes: int | None
+    Make one with :meth:`of`. Trace, schedule and replay are made when first needed, and kept. In a notebook a forecast
+    shows its summary and its chart.
+    """
 
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        """Rows of the schedule that are loading or a forward pass, as far as memory lasted."""
-        is_shown = self.trace.is_step(self.schedule)
+    def __init__(self, workload: Workload, trace: AllocationTrace | None = None) -> None:
+        self.workload = workload
+        if trace is not None:
+            self.trace = trace
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Mapping[str, Any] | None = None,
+        *,
+        trace: str = "",
+        turns: Turns | None = None,
+        tokens: int | None = None,
+        card: str | Card | None = None,
+        **fields: Any,
+    ) -> "Forecast":
+        """Forecast a model, or a recorded trace of ``data/traces``.
+
+        Args:
+            model: hub id, folder, config.json, a name of ``data/configs``, or the fields of a config.json.
+            trace: instead of a model, the name of a recorded trace.
+            turns: ``"30:500,30:500"`` (prompt tokens:generated tokens) or pairs.
+            tokens: instead of turns, one turn that reaches this context length.
+            card: a GPU of ``data/gpus.csv``, whose memory ends the run, or a :class:`Card` of your own.
+            fields: further fields of :class:`Workload`: precision, attention, cache, batch, …
+
+        Raises:
+            ForecastError: a field that is not known or cannot be; neither a model nor a trace, or both.
+            CheckpointError, TraceError, CardError: no such model, trace or card.
+
+        Example:
+            >>> forecast = Forecast.of(trace="chatglm3-6b-original-int4", turns="8:418")
+            >>> forecast.curve.table[["step", "context_tokens", "reserved_mib"]].iloc[[0, -1]].values.tolist()
+            [[0.0, 0.0, 4584.0], [418.0, 425.0, 4612.0]]
+            >>> forecast.rises[-1].pool, forecast.rises[-1].request.operation
+            ('small', 'aten.sort.default')
+        """
+        if (model is None) == (not trace):
+            raise ForecastError("give either a model or the name of a recorded trace (trace=...).")
+        fields |= {"turns": parse_turns(turns, tokens), "card": find_card(card) if card else None}
+        if model is not None:
+            name, config = resolve_model(model)
+            return cls(Workload(name, config, **fields))
+        recorded = load_recorded(trace)
+        if own := fields.keys() - {"turns", "card", "cuda_context_mib", "empty_cache"}:
+            raise ForecastError(f"a recorded trace has its own {', '.join(sorted(own))}. Leave that out.")
+        return cls(Workload(trace, recorded_trace=trace, precision=recorded.facts.precision, **fields), recorded)
+
+    def replace(
+        self,
+        *,
+        turns: Turns | None = None,
+        tokens: int | None = None,
+        card: str | Card | None = None,
+        **fields: Any,
+    ) -> "Forecast":
+        """The same model with other turns, another card or other fields; the trace is kept where it stays the same.
+
+        Example:
+            >>> forecast = Forecast.of(trace="chatglm3-6b-original-int4", turns="8:418")
+            >>> float(forecast.replace(empty_cache=("load",)).curve.table["reserved_mib"].iloc[0])
+            3942.0
+        """
+        if turns is not None or tokens is not None:
+            fields["turns"] = parse_turns(turns, tokens)
+        if card is not None:
+            fields["card"] = find_card(card)
+        workload = replace(self.workload, **fields)
+        is_same = bool(workload.recorded_trace) or workload.trace_settings() == self.workload.trace_settings()
+        return Forecast(workload, self.trace if is_same else None)
+
+    # -- what is computed once ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def context(self) -> tuple[float, str]:
+        """MiB of the CUDA context, and where the figure comes from."""
+        given = self.workload.cuda_context_mib
+        return cuda_context(self.workload.card) if given is None else (given, "given")
+
+    @cached_property
+    def trace(self) -> AllocationTrace:
+        """Every allocation and free of the model, for any turns."""
+        if self.workload.recorded_trace:
+            return load_recorded(self.workload.recorded_trace)
+        from glmlab.tracing.tracer import trace  # a recorded trace needs no torch
+
+        return trace(self.workload.trace_settings())
+
+    @cached_property
+    def schedule(self) -> Int64Array:
+        """Rows (turn, section, context length, tokens of the turn): loading, every step, the end of every turn."""
+        if self.note:
+            if self.workload.recorded_trace:
+                raise ForecastError(f"{self.note} The recorded code fails beyond; ask for fewer tokens.")
+            warnings.warn(self.note, stacklevel=2)
+        return self._prepared.schedule(self.workload.turns)
+
+    @cached_property
+    def replay(self) -> Replay:
+        """What the allocator holds after every row of the schedule, as far as the card's memory lasts."""
+        return self._replayer().run(self.schedule)
+
+    @cached_property
+    def steps(self) -> Int64Array:
+        """Rows of the schedule that are loading or a forward pass, as far as memory lasts."""
+        is_shown = self._prepared.is_step(self.schedule)
         is_shown[0] = True
         return np.flatnonzero(is_shown[: self.replay.rows])
 
-    def segments_after(self, row: int) -> list[SegmentView]:
-        """Segments with their blocks after a row of the schedule (see ``CachingAllocator.segments``)."""
-        replayer = _replayer(self.trace.program, self.capacity_bytes, self.context_mib)
-        replayer.run(self.schedule[: row + 1])
-        return replayer.segments()
+    @cached_property
+    def curve(self) -> Curve:
+        """Memory at every step, by component.
 
-    def segments_at(self, context_tokens: int) -> list[Any]:
-        """Segments with their blocks after the first step that reaches a context length.
+        Columns: step, turn, context_tokens, allocated_mib, reserved_mib, used_mib, peak_allocated_mib, those of
+        :data:`~glmlab.core.curve.COMPONENTS`, and inactive_small_after_mib, inactive_large_after_mib (after the step).
+        Its provenance says what the CUDA context is, what was modelled, and ``out_of_memory`` where the card was full.
+
+        Raises:
+            ForecastError: the card cannot even load the model.
+            TraceError: the model cannot be traced.
+        """
+        if not len(self.steps):
+            raise ForecastError(f"{self._no_fit} Take a smaller precision, or a card with more memory.")
+        return Curve(self._table(), self._provenance(), kind="forecast", label=self.label)
+
+    @cached_property
+    def band(self) -> pd.DataFrame:
+        """``used_min_mib`` and ``used_max_mib`` of every step over :data:`SEEDS`; no columns where no order matters."""
+        replays = [self.replay, *(self._replayer(seed).run(self.schedule) for seed in SEEDS)]
+        n_steps = min(int(np.searchsorted(self.steps, replay.rows)) for replay in replays)
+        used = np.stack([replay.reserved[self.steps[:n_steps]] for replay in replays]) / MIB + self.context[0]
+        if (used == used[0]).all():
+            return pd.DataFrame(index=range(len(self.steps)))
+        return pd.DataFrame({"used_min_mib": used.min(axis=0), "used_max_mib": used.max(axis=0)})
+
+    @cached_property
+    def rises(self) -> tuple[Rise, ...]:
+        """Every segment that the allocator takes from the driver, with the request that made it."""
+        return find_rises(self._prepared, self.schedule, self.replay, self.steps)
+
+    @cached_property
+    def plateaus(self) -> tuple[Plateau, ...]:
+        """Long stretches without a rise, with their reason."""
+        return find_plateaus(self._prepared, self.schedule, self.steps, self.rises, self._segments_after)
+
+    # -- questions ----------------------------------------------------------------------------------------------------
+
+    def curve_with_band(self) -> Curve:
+        """:attr:`curve` with the columns of :attr:`band`, which takes three more replays."""
+        return replace(self.curve, table=self.curve.table.join(self.band, how="inner"))
+
+    def segments(self, *, tokens: int) -> list[SegmentView]:
+        """The allocator's segments with their blocks after the first step that reaches a context length.
 
         Raises:
             ForecastError: the run ends before.
         """
-        reached = self.schedule[self.rows, 2]
-        if context_tokens > reached[-1]:
+        if tokens > self._reached:
             raise ForecastError(
-                f"the run ends at {reached[-1]:,} tokens, before {context_tokens:,}. Ask for fewer, or give more turns."
+                f"the run ends at {self._reached:,} tokens, before {tokens:,}. Ask for fewer, or give more turns."
             )
-        return self.segments_after(int(self.rows[np.searchsorted(reached, context_tokens)]))
+        step = np.searchsorted(self.schedule[self.steps, 2], tokens)
+        return self._segments_after(int(self.steps[step]))
+
+    def explain(self) -> str:
+        """Every rise and every plateau, one a line."""
+        return explanation_text(self.rises, self.plateaus)
+
+    def largest_context(self, card: str | Card | None = None) -> Capacity:
+        """The longest context that fits on a card: one turn that goes on until the card or the model ends it.
+
+        The forecast's own turns do not matter: a short prompt is read first. A static cache takes its whole length with
+        the first prefill; where ``static_tokens`` leaves that length open, the longest one that fits is searched for,
+        with a trace (some seconds) for every length that is tried.
+
+        Args:
+            card: default: the forecast's own.
+
+        Raises:
+            ForecastError: no card, or a model without a context limit to search up to.
+
+        Example:
+            >>> print(Forecast.of(trace="chatglm3-6b-original-int4").largest_context("RTX 4060"))
+            RTX 4060: 8,192 tokens (4,821 MiB), limited by model
+        """
+        workload = self.workload
+        if not (card or workload.card):
+            raise ForecastError("no card is given. Name one of data/gpus.csv, such as 'RTX 4060'.")
+        is_open = workload.cache == "static" and not workload.static_tokens
+        shortest = self.replace(card=card, tokens=_shortest_static_cache() if is_open else DEFAULT_PROMPT)
+        limit = shortest.trace.facts.context_limit
+        if not limit:
+            raise ForecastError(f"{workload.name} states no context limit to search up to. Give turns instead.")
+        longest = shortest.replace(tokens=min(limit, workload.static_tokens or limit))
+        if is_open and longest.replay.out_of_memory:
+            return _longest_static_cache(shortest, longest)
+        return longest._capacity()
+
+    # -- how it is shown ----------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Model, precision, attention, cache and card in a few words."""
+        workload = self.workload
+        if workload.recorded_trace:
+            parts = [self.trace.facts.model, workload.precision]
+        else:
+            parts = [workload.name, workload.precision, workload.attention, f"{workload.cache} cache"]
+        if workload.batch > 1:
+            parts.append(f"batch {workload.batch}")
+        return ", ".join([*parts, workload.card.name] if workload.card else parts)
+
+    @property
+    def note(self) -> str:
+        """Says that the turns pass the length that the model is made for; "" where they do not."""
+        return beyond_limit(self.workload.name, self.workload.context_tokens, self.trace.facts.context_limit)
+
+    def summary(self) -> str:
+        """The forecast in a few lines."""
+        table, (context_mib, source) = self.curve.table, self.context
+        lines = [self.label, f"CUDA context {context_mib:g} MiB ({source})"]
+        for when, row in (("after loading", table.iloc[0]), (f"{self._reached:,} tokens", table.iloc[-1])):
+            lines.append(
+                f"{when:16} {row['used_mib']:10,.1f} MiB used, {row['reserved_mib']:10,.1f} reserved, "
+                f"{row['allocated_mib']:10,.1f} allocated"
+            )
+        lines += [f"    {label:24} {table[column].iloc[-1]:10,.2f} MiB" for column, label in COMPONENTS.items()]
+        if not self.band.columns.empty:
+            spread = float((self.band["used_max_mib"] - self.band["used_min_mib"]).max())
+            lines.append(f"the order of segment addresses changes this by up to {format_bytes(spread * MIB)}")
+        if failure := self.curve.provenance.get("out_of_memory"):
+            lines.append(f"out of memory at {failure['fails_context_tokens']:,} tokens: {failure['message']}")
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The last step, rises, plateaus, the card's longest context and provenance, as JSON can hold them."""
+        last = {str(name): value for name, value in self.curve_with_band().table.iloc[-1].items()}
+        return {
+            **last,
+            **{old: last[new] for old, new in OLD_COLUMNS.items()},
+            "rises": [asdict(rise) for rise in self.rises],
+            "plateaus": [asdict(plateau) for plateau in self.plateaus],
+            "longest_context": asdict(self.largest_context()) if self.workload.card else None,
+            "provenance": self.curve.provenance,
+        }
+
+    def __repr__(self) -> str:
+        return f"Forecast({self.label!r}, {len(self.workload.turns)} turns to {self.workload.context_tokens:,} tokens)"
+
+    def _repr_html_(self) -> str:
+        from glmlab.figures import component_chart
+
+        if not len(self.steps):
+            return f"<pre>{escape(self._no_fit)}</pre>"
+        data, _ = component_chart(self.curve)._repr_mimebundle_()
+        return f"<pre>{escape(self.summary())}</pre>\n{data['text/html']}"
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    _looked_at: tuple[int, StepReplayer] | None = None  # rows that a replayer has done, to look at its segments
+
+    @property
+    def _reached(self) -> int:
+        """Context length after the last step that fits."""
+        return int(self.schedule[self.steps[-1], 2]) if len(self.steps) else 0
+
+    @property
+    def _no_fit(self) -> str:
+        workload = self.workload
+        card = workload.card.name if workload.card else "this GPU"
+        return f"{workload.name} in {workload.precision} does not fit on {card}: {self.replay.out_of_memory}"
+
+    @cached_property
+    def _prepared(self) -> AllocationTrace:
+        return self.workload.prepare(self.trace)
+
+    def _replayer(self, address_seed: int | None = None) -> StepReplayer:
+        card = self.workload.card
+        return StepReplayer(
+            self._prepared.program,
+            capacity_bytes=card.memory_mib * MIB if card else None,
+            outside_bytes=int(self.context[0] * MIB) if card else 0,
+            address_seed=address_seed,
+        )
+
+    def _segments_after(self, row: int) -> list[SegmentView]:
+        """Segments after a row of the schedule; a look further on goes on where the last one was."""
+        done, replayer = self._looked_at or (0, self._replayer())
+        if done > row + 1:
+            done, replayer = 0, self._replayer()
+        replayer.run(self.schedule[done : row + 1])
+        self._looked_at = (row + 1, replayer)
+        return replayer.segments()
+
+    def _capacity(self) -> Capacity:
+        """How far a single turn comes."""
+        workload, failure = self.workload, self.replay.out_of_memory
+        card = workload.card.name if workload.card else ""
+        if len(self.steps) < 2:
+            return Capacity(card, 0, "memory", str(failure), None)
+        used_mib = float(self.replay.reserved[self.steps[-1]] / MIB + self.context[0])
+        if failure:
+            return Capacity(card, self._reached, "memory", str(failure), used_mib)
+        if workload.static_tokens == self._reached < self.trace.facts.context_limit:
+            return Capacity(card, self._reached, "cache", f"static_tokens={self._reached}", used_mib)
+        return Capacity(card, self._reached, "model", f"the model is made for {self._reached:,} tokens", used_mib)
+
+    def _table(self) -> pd.DataFrame:
+        rows, replay = self.steps, self.replay
+        turns, context = self.schedule[rows, 0], self.schedule[rows, 2]
+        by_owner = {owner: replay.allocated_by_owner[rows, i] for i, owner in enumerate(OWNERS)}
+        weights = {f"{owner}_mib": by_owner[owner] for owner in WEIGHT_OWNERS}
+        payload = context * self.trace.facts.kv_bytes_per_token
+        kept = by_owner["kv_cache"] + by_owner["kept_outputs"]
+        state = sum(weights.values()) + by_owner["quantisation_state"] + kept
+        small = replay.reserved_small[rows]
+        large = replay.reserved[rows] - small
+        # The busiest moment; loading counts as it ends, with nothing in flight.
+        is_loading = turns == 0
+        peak = np.where(is_loading, replay.allocated[rows], replay.peak_allocated[rows])
+        peak_small = np.where(is_loading, small - replay.inactive_small[rows], replay.peak_allocated_small[rows])
+        in_bytes = {
+            "allocated_mib": replay.allocated[rows],
+            "reserved_mib": replay.reserved[rows],
+            "used_mib": replay.reserved[rows],
+            "peak_allocated_mib": replay.peak_allocated[rows],
+            **weights,
+            "quantisation_state_mib": by_owner["quantisation_state"],
+            "kv_payload_mib": payload,
+            "kv_copies_mib": kept - payload,
+            "activations_mib": peak - state,
+            "inactive_small_mib": small - peak_small,
+            "inactive_large_mib": large - (peak - peak_small),
+            "cuda_context_mib": np.zeros(len(rows)),
+            "inactive_small_after_mib": replay.inactive_small[rows],
+            "inactive_large_after_mib": replay.inactive_large[rows],
+        }
+        table = pd.DataFrame({"step": np.arange(len(rows)), "turn": turns, "context_tokens": context})
+        table = table.assign(**{name: n_bytes / MIB for name, n_bytes in in_bytes.items()})
+        table[["used_mib", "cuda_context_mib"]] += self.context[0]
+        return table
+
+    def _provenance(self) -> dict[str, Any]:
+        facts, card = self.trace.facts, self.workload.card
+        provenance: dict[str, Any] = {
+            "workload": self.workload.as_dict(),
+            "model": facts.model,
+            "precision": facts.precision,
+            "trace": facts.description,
+            "modelled": facts.effects,
+            "versions": facts.versions,
+            "kv_bytes_per_token": facts.kv_bytes_per_token,
+            "cuda_context_mib": self.context[0],
+            "cuda_context_source": self.context[1],
+        }
+        if card:
+            provenance |= {"card": card.name, "card_memory_mib": card.memory_mib}
+        if self.note:
+            provenance["note"] = self.note
+        if self.replay.out_of_memory is not None:
+            turn, _, context, _ = self.schedule[self.replay.rows].tolist()
+            provenance["out_of_memory"] = {
+                "message": str(self.replay.out_of_memory),
+                "fits_context_tokens": self._reached,
+                "fails_context_tokens": context,
+                "turn": turn,
+            }
+        return provenance
 
 
-def forecast(workload: Workload, *, seeds: Sequence[int] = SEEDS) -> Curve:
-    """Memory at every step of a workload, by component.
-
-    Args:
-        workload: what runs; with a card, memory ends where the card's does.
-        seeds: orders of segment addresses to try for the band.
-
-    Returns:
-        A Curve of kind "forecast". Columns: step, turn, context_tokens, allocated_mib, reserved_mib, used_mib,
-        peak_allocated_mib, :data:`COMPONENTS`, and inactive_small_after_mib,
-        inactive_large_after_mib (inactive after the step). Where the
-        order of addresses matters, used_min_mib and used_max_mib. Its provenance says what the CUDA context is, what
-        was modelled, and ``out_of_memory`` where the card was full.
-
-    Raises:
-        ForecastError: the turns pass the model's context limit, or the card cannot even load the model.
-        TraceError: the model cannot be traced.
+def beyond_limit(name: str, tokens: int, limit: int) -> str:
+    """Says that a context is longer than the model is made for (0: not stated); "" where it is not.
 
     Example:
-        >>> curve = forecast(Workload.recorded("chatglm3-6b-original-int4", turns="8:418"))
-        >>> curve.table[["step", "context_tokens", "reserved_mib"]].iloc[[0, -1]].values.tolist()
-        [[0.0, 0.0, 4584.0], [418.0, 425.0, 4612.0]]
+        >>> beyond_limit("llama-2-7b", 5000, 4096)
+        "the turns reach 5,000 tokens, but llama-2-7b is made for 4,096 (its config's max_position_embeddings)."
     """
-    run = run_workload(workload)
-    if not len(run.rows):
-        raise _no_fit(run)
-    table = _table(run)
-    band = [run_workload(workload, address_seed=seed).replay.reserved for seed in seeds]
-    rows = run.rows
-    n_rows = min([len(rows), *(int(np.searchsorted(rows, len(reserved))) for reserved in band)])
-    if any(np.any(reserved[rows[:n_rows]] != run.replay.reserved[rows[:n_rows]]) for reserved in band):
-        of_seeds = (
-            np.stack([reserved[rows[:n_rows]] for reserved in (run.replay.reserved, *band)]) / MIB + run.context_mib
-        )
-        table = table.iloc[:n_rows].assign(used_min_mib=of_seeds.min(axis=0), used_max_mib=of_seeds.max(axis=0))
-    return Curve(table, _provenance(run), kind="forecast", label=_label(run))
-
-
-def run_workload(workload: Workload, *, address_seed: int | None = None) -> Run:
-    """Trace and replay a workload; :func:`forecast` tells what it raises."""
-    trace = _trace_of(workload)
-    limit = trace.facts.context_limit
-    if limit and workload.context_tokens > limit:
-        raise ForecastError(
-            f"the turns reach {workload.context_tokens:,} tokens, but {trace.facts.model} is made for {limit:,} (its "
-            "config's max_position_embeddings). Ask for fewer tokens, or take a model with a longer context."
-        )
-    context_mib, context_source = cuda_context(workload)
-    capacity_bytes = find_card(workload.card).memory_mib * MIB if workload.card else None
-    trace = _with_settings(trace, workload, capacity_bytes)
-    schedule = trace.schedule(workload.turns)
-    replay = _replayer(trace.program, capacity_bytes, context_mib, address_seed).run(schedule)
-    return Run(workload, trace, schedule, replay, context_mib, context_source, capacity_bytes)
-
-
-def cuda_context(workload: Workload) -> tuple[float, str]:
-    """MiB of the CUDA context, and where the figure comes from."""
-    if workload.cuda_context_mib is not None:
-        return workload.cuda_context_mib, "given"
-    if workload.card:
-        card = find_card(workload.card)
-        if card.cuda_context_mib is not None:
-            return card.cuda_context_mib, f"{card.name}: {card.source}"
-    of_card = f"none is known for {find_card(workload.card).name}" if workload.card else "no card is given"
-    return ASSUMED_CONTEXT_MIB, f"assumed, {of_card}: an RTX 4060's figure; name a card for its own"
-
-
-def largest_context(workload: Workload, card: str) -> Capacity:
-    """The longest context that fits on a card: one turn that goes on until the card or the model ends it.
-
-    The workload's own turns do not matter. A short prompt is read first; a long one needs more at once. A static cache
-    takes its whole length with the first prefill: where ``static_tokens`` leaves that length open, the longest one that
-    fits is searched for, with a trace (some seconds) for every length that is tried.
-
-    Raises:
-        ForecastError: not even the model fits.
-
-    Example:
-        >>> largest_context(Workload.recorded("chatglm3-6b-original-int4"), "RTX 4060").limited_by
-        'model'
-    """
-    on_card = replace(workload, card=find_card(card).name)
-    open_length = workload.cache == "static" and not workload.static_tokens
-    shortest = on_card.with_tokens(_shortest_static_cache()) if open_length else on_card
-    limit = _trace_of(shortest).facts.context_limit
-    if not limit:
-        raise ForecastError(
-            f"{workload.name} states no context limit to search up to. Give turns and read the forecast."
-        )
-    if workload.static_tokens:
-        limit = min(limit, workload.static_tokens)
-    run = run_workload(on_card.with_tokens(limit))
-    if open_length and run.replay.out_of_memory:
-        return _longest_static_cache(run_workload(shortest), run, limit)
-    return _capacity(run, limit)
+    if not limit or tokens <= limit:
+        return ""
+    return (
+        f"the turns reach {tokens:,} tokens, but {name} is made for {limit:,} (its config's max_position_embeddings)."
+    )
 
 
 def _shortest_static_cache() -> int:
@@ -201,202 +461,15 @@ def _shortest_static_cache() -> int:
     return LONGEST
 
 
-def _longest_static_cache(fits: Run, too_long: Run, limit: int) -> Capacity:
+def _longest_static_cache(fits: Forecast, fails: Forecast) -> Capacity:
     """Halve the interval between a static cache that fits and one that does not, until they are one token apart."""
-    fails = limit
     if fits.replay.out_of_memory:
-        raise _no_fit(fits)
-    while fails - fits.workload.context_tokens > 1:
-        run = run_workload(fits.workload.with_tokens((fails + fits.workload.context_tokens) // 2))
-        if run.replay.out_of_memory:
-            too_long, fails = run, run.workload.context_tokens
+        return fits._capacity()
+    low, high = fits.workload.context_tokens, fails.workload.context_tokens
+    while high - low > 1:
+        tried = fits.replace(tokens=(low + high) // 2)
+        if tried.replay.out_of_memory:
+            fails, high = tried, tried.workload.context_tokens
         else:
-            fits = run
-    return replace(_capacity(fits, limit), limited_by="memory", message=str(too_long.replay.out_of_memory))
-
-
-def _capacity(run: Run, limit: int) -> Capacity:
-    """How far a single turn came."""
-    rows = run.rows
-    failure = run.replay.out_of_memory
-    if len(rows) < 2:
-        raise _no_fit(run)
-    used_mib = float(run.replay.reserved[rows[-1]] / MIB + run.context_mib)
-    tokens = int(run.schedule[rows[-1], 2])
-    message = str(failure) if failure else f"the model is made for {limit:,} tokens"
-    return Capacity(tokens, "memory" if failure else "model", message, run.workload.card, used_mib)
-
-
-def _no_fit(run: Run) -> ForecastError:
-    workload = run.workload
-    return ForecastError(
-        f"{workload.name} in {workload.precision} does not fit on {find_card(workload.card).name}: "
-        f"{run.replay.out_of_memory} Take a smaller precision, or a card with more memory."
-    )
-
-
-def _trace_of(workload: Workload) -> AllocationTrace:
-    if workload.recorded_trace:
-        return load_recorded(workload.recorded_trace)
-    from glmlab.tracing.tracer import trace  # a recorded trace needs no torch
-
-    return trace(workload.trace_settings())
-
-
-def _with_settings(trace: AllocationTrace, workload: Workload, capacity_bytes: int | None) -> AllocationTrace:
-    """The trace with the card's cap on the loader's warm-up block, and with the workload's empty_cache() calls."""
-    program = trace.program
-    sizes = program.sizes.copy()
-    if trace.facts.warmup_size >= 0 and capacity_bytes is not None:
-        row = sizes[trace.facts.warmup_size]
-        row[0] = max(min(int(row[0]), capacity_bytes - WARM_UP_SPARES_BYTES), 0) // 2 * 2
-    empties = np.array([_empties_cache(workload, name) for name in program.section_names])
-    ends = program.section_start[1:][empties]  # the new events go before these
-    shifted = program.section_start + np.concatenate([[0], np.cumsum(empties)])
-    return AllocationTrace(
-        replace(
-            program,
-            sizes=sizes,
-            events=np.insert(program.events, ends, (EMPTY_CACHE, 0, 0, 0), axis=0),
-            section_start=shifted,
-        ),
-        trace.facts,
-        trace.labels,
-        np.insert(trace.label_of_event, ends, -1),
-        np.insert(trace.layer_of_event, ends, -1),
-    )
-
-
-def _empties_cache(workload: Workload, section: str) -> bool:
-    """Whether the workload calls empty_cache() at the end of a section."""
-    moment = "load" if section == "load" else "turn" if ".end" in section else ""
-    return moment in workload.empty_cache
-
-
-def _replayer(
-    program: EventProgram, capacity_bytes: int | None, context_mib: float, address_seed: int | None = None
-) -> StepReplayer:
-    return StepReplayer(
-        program,
-        capacity_bytes=capacity_bytes,
-        outside_bytes=int(context_mib * MIB) if capacity_bytes is not None else 0,
-        address_seed=address_seed,
-    )
-
-
-def _table(run: Run) -> pd.DataFrame:
-    rows, replay, facts = run.rows, run.replay, run.trace.facts
-    turns = run.schedule[rows, 0]
-    context = run.schedule[rows, 2]
-    by_owner = {owner: replay.allocated_by_owner[rows, i] for i, owner in enumerate(OWNERS)}
-    payload = context * facts.kv_bytes_per_token
-    kept = by_owner["kv_cache"] + by_owner["kept_outputs"]
-    state = sum(by_owner[owner] for owner in WEIGHT_OWNERS) + by_owner["quantisation_state"] + kept
-    peak, peak_small = replay.peak_allocated[rows], replay.peak_allocated_small[rows]
-    small = replay.reserved_small[rows]
-    # loading ends with nothing in flight; its peak is over
-    peak = np.where(turns == 0, replay.allocated[rows], peak)
-    peak_small = np.where(turns == 0, small - replay.inactive_small[rows], peak_small)
-    large = replay.reserved[rows] - small
-    components = {
-        **{f"{owner}_mib": by_owner[owner] for owner in WEIGHT_OWNERS},
-        "quantisation_state_mib": by_owner["quantisation_state"],
-        "kv_payload_mib": payload,
-        "kv_copies_mib": kept - payload,
-        "activations_mib": peak - state,
-        "inactive_small_mib": small - peak_small,
-        "inactive_large_mib": large - (peak - peak_small),
-    }
-    columns: dict[str, Any] = {
-        "step": np.arange(len(rows)),
-        "turn": turns,
-        "context_tokens": context,
-        "allocated_mib": replay.allocated[rows] / MIB,
-        "reserved_mib": replay.reserved[rows] / MIB,
-        "used_mib": replay.reserved[rows] / MIB + run.context_mib,
-        "peak_allocated_mib": replay.peak_allocated[rows] / MIB,
-        **{name: n_bytes / MIB for name, n_bytes in components.items()},
-        "cuda_context_mib": np.full(len(rows), run.context_mib),
-        "inactive_small_after_mib": replay.inactive_small[rows] / MIB,
-        "inactive_large_after_mib": replay.inactive_large[rows] / MIB,
-    }
-    return pd.DataFrame(columns)
-
-
-def _provenance(run: Run) -> dict[str, Any]:
-    facts, failure = run.trace.facts, run.replay.out_of_memory
-    provenance: dict[str, Any] = {
-        "workload": workload_fields(run.workload),
-        "model": facts.model,
-        "precision": facts.precision,
-        "trace": facts.description,
-        "modelled": facts.effects,
-        "versions": facts.versions,
-        "kv_bytes_per_token": facts.kv_bytes_per_token,
-        "cuda_context_mib": run.context_mib,
-        "cuda_context_source": run.context_source,
-    }
-    if run.workload.card:
-        provenance["card"] = find_card(run.workload.card).name
-        provenance["card_memory_mib"] = find_card(run.workload.card).memory_mib
-    if failure is not None:
-        rows = run.rows
-        provenance["out_of_memory"] = {
-            "message": str(failure),
-            "fits_context_tokens": int(run.schedule[rows[-1], 2]),
-            "fails_context_tokens": int(run.schedule[run.replay.rows, 2]),
-            "turn": int(run.schedule[run.replay.rows, 0]),
-        }
-    return provenance
-
-
-def workload_fields(workload: Workload) -> dict[str, Any]:
-    """The fields of a workload as JSON can hold them; :func:`workload_from_fields` reads them."""
-    return {**asdict(workload), "turns": [list(turn) for turn in workload.turns]}
-
-
-def workload_from_fields(fields: Mapping[str, Any]) -> Workload:
-    """The workload of :func:`workload_fields`; :class:`WorkloadError` for anything else."""
-    try:
-        values = dict(fields)
-        values["turns"] = tuple(Turn(*turn) for turn in values["turns"])
-        for name in ("keeps", "without_effects", "empty_cache"):
-            values[name] = tuple(values[name])
-        return Workload(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise WorkloadError(f"this is no forecast of this version ({error}). Compute it again.") from error
-
-
-def _label(run: Run) -> str:
-    workload, facts = run.workload, run.trace.facts
-    parts = [facts.model, facts.precision]
-    if not workload.recorded_trace:
-        parts += [workload.attention, f"{workload.cache} cache"]
-        if workload.batch > 1:
-            parts.append(f"batch {workload.batch}")
-    if workload.card:
-        parts.append(find_card(workload.card).name)
-    return ", ".join(parts)
-
-
-def summary(curve: Curve) -> list[str]:
-    """A forecast in a few lines, for a terminal."""
-    table, notes = curve.table, curve.provenance
-    first, last = table.iloc[0], table.iloc[-1]
-    lines = [
-        curve.label,
-        f"CUDA context {notes['cuda_context_mib']:g} MiB ({notes['cuda_context_source']})",
-        f"after loading    {first['used_mib']:10,.1f} MiB used, {first['reserved_mib']:10,.1f} reserved, "
-        f"{first['allocated_mib']:10,.1f} allocated",
-        f"{int(last['context_tokens']):,} tokens".ljust(16)
-        + f" {last['used_mib']:10,.1f} MiB used, {last['reserved_mib']:10,.1f} reserved, "
-        f"{last['allocated_mib']:10,.1f} allocated",
-    ]
-    lines += [f"    {label:24} {last[column]:10,.2f} MiB" for column, label in COMPONENTS.items()]
-    if "used_min_mib" in table:
-        spread = float((table["used_max_mib"] - table["used_min_mib"]).max())
-        lines.append(f"the order of segment addresses changes this by up to {format_bytes(spread * MIB)}")
-    if "out_of_memory" in notes:
-        failure = notes["out_of_memory"]
-        lines.append(f"out of memory at {failure['fails_context_tokens']:,} tokens: {failure['message']}")
-    return lines
+            fits, low = tried, tried.workload.context_tokens
+    return replace(fits._capacity(), limited_by="memory", message=str(fails.replay.out_of_memory))

@@ -2,11 +2,9 @@
 
 import pandas as pd
 
-from glmlab.core.cards import find_card
+from glmlab.core.cards import cuda_context, find_card
 from glmlab.core.units import MIB
 from glmlab.figures.deployment import precision_chart
-from glmlab.forecast.forecast import cuda_context
-from glmlab.forecast.workload import Workload
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
 from glmlab.models.checkpoints import find_config
@@ -32,7 +30,7 @@ def bytes_by_precision() -> Plate:
     parts["KV payload"] = [
         kv_cache_bytes(config, tokens=CONTEXT_TOKENS, dtype_bytes=cache_dtype_bytes(config, name)) for name in predicted
     ]
-    context_mib, context_source = cuda_context(Workload.of(MODEL, card=CARD))
+    context_mib, context_source = cuda_context(gpu)
     parts["CUDA context"] = round(context_mib * MIB)
     provenance = {"model": MODEL, "context_tokens": CONTEXT_TOKENS, "card": gpu.name, "source": context_source}
     return Plate(

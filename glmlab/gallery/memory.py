@@ -8,8 +8,7 @@ from glmlab.core.resources import data_path
 from glmlab.figures.forecast import component_chart, pool_map, segments_table
 from glmlab.figures.memory import curves_table, memory_curve
 from glmlab.figures.settings import tr
-from glmlab.forecast.forecast import Run, forecast, run_workload
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 from glmlab.gallery.captions import caption
 from glmlab.gallery.plate import Plate
 
@@ -32,14 +31,13 @@ def reported() -> Curve:
 @cache
 def forecasts() -> tuple[Curve, ...]:
     """One long answer of ChatGLM3-6B in each precision."""
-    workloads = [Workload.of(FULL_SIZE, precision=precision, tokens=TOKENS) for precision in PRECISIONS]
-    return tuple(forecast(workload, seeds=()) for workload in workloads)
+    return tuple(Forecast.of(FULL_SIZE, precision=precision, tokens=TOKENS).curve for precision in PRECISIONS)
 
 
 @cache
-def chapter_run() -> Run:
-    """The chapter's chat, replayed."""
-    return run_workload(Workload.recorded(TRACE, turns=TURNS))
+def chapter() -> Forecast:
+    """The chapter's chat."""
+    return Forecast.of(trace=TRACE, turns=TURNS)
 
 
 def memory_vs_context() -> Plate:
@@ -58,7 +56,7 @@ def memory_forecast() -> Plate:
 
 def why_the_curve_bends() -> Plate:
     """The chapter's chat by component."""
-    curve = forecast(Workload.recorded(TRACE, turns=TURNS))
+    curve = chapter().curve
     return Plate(component_chart(curve), curve.table, curve.provenance, caption("why_the_curve_bends"))
 
 
@@ -73,10 +71,10 @@ def pools_after_the_move() -> Plate:
 
 
 def _pools(tokens: int) -> Plate:
-    run = chapter_run()
+    facts = chapter().trace.facts
     title = tr("after the step to {tokens:,} tokens", tokens=tokens)
-    segments, owners = run.segments_at(tokens), run.trace.program.owners
-    provenance = {"trace": TRACE, "model": run.trace.facts.model, "turns": TURNS, "versions": run.trace.facts.versions}
+    segments, owners = chapter().segments(tokens=tokens), chapter().trace.program.owners
+    provenance = {"trace": TRACE, "model": facts.model, "turns": TURNS, "versions": facts.versions}
     return Plate(
         pool_map(segments, owners, title=title),
         segments_table(segments, owners),

@@ -10,8 +10,7 @@ import pandas as pd
 from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 from glmlab.latency.roofline import card_rates
 from glmlab.models.sizes import FLOAT_PRECISIONS
 
@@ -66,7 +65,7 @@ def chapter_account(
         raise GlmlabError("times and sizes of an account are not negative.")
     rates = card_rates(ORIGINAL_CARD)
     bandwidth = rates.bandwidth_bytes_per_s
-    loaded = forecast(Workload.recorded(ORIGINAL_TRACE, turns="8:2"), seeds=()).table.iloc[0]
+    loaded = Forecast.of(trace=ORIGINAL_TRACE, turns="8:2").curve.table.iloc[0]
     read_bytes = dequantised_bytes = 0.0
     for component in ("attention", "mlp", "head", "norms"):
         read_bytes += loaded[f"weights_{component}_mib"] * MIB

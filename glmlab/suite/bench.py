@@ -19,7 +19,8 @@ from transformers import GenerationConfig
 
 from glmlab.core.errors import GlmlabError
 from glmlab.core.files import write_atomically
-from glmlab.forecast.workload import DEFAULT_PROMPT, Workload
+from glmlab.forecast.forecast import Forecast
+from glmlab.forecast.workload import DEFAULT_PROMPT
 from glmlab.generation.decoding import Keep, decode_steps
 from glmlab.latency.polling import API, SUBPROCESS, measure_polling
 from glmlab.memory.provenance import today
@@ -149,9 +150,9 @@ def decode_rows(repetitions: int, *, tokens: int = 64) -> list[Row]:
 
 def forecast_rows(_: int = 1, *, steps: int = 32_768) -> list[Row]:
     """Seconds of a forecast of ChatGLM3-6B-32K over its whole context: the replay, and the trace that it needs once."""
-    workload = Workload.of("chatglm3-6b-32k", turns=[(DEFAULT_PROMPT, steps - DEFAULT_PROMPT + 1)])
+    settings = Forecast.of("chatglm3-6b-32k", tokens=steps).workload.trace_settings()
     started = time.perf_counter()
-    traced = trace(workload.trace_settings(), refresh=True)
+    traced = trace(settings, refresh=True)
     trace_s = time.perf_counter() - started
     (speed,) = benchmark_replay(traced, steps=[steps - DEFAULT_PROMPT + 1], prompt=DEFAULT_PROMPT)
     return [

@@ -94,7 +94,8 @@ class TraceSettings:
     dequantise_4bit: bool = False  # prefills have so many rows that bitsandbytes unpacks 4-bit weights first
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """Who asked for memory: operation, module path (``*`` for the layer's number), layer (-1: none), bytes."""
 
     operation: str

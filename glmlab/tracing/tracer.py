@@ -73,7 +73,7 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
     """Every allocation and free of loading, prefills and decode steps, for any turns.
 
     Args:
-        settings: a forecast's ``Workload.trace_settings()`` makes them.
+        settings: those of a forecast: ``forecast.workload.trace_settings()``.
         refresh: trace again, whatever the cache holds.
 
     Raises:

@@ -1,6 +1,5 @@
-"""The error table on recordings made from a forecast, right and wrong; the line of a card."""
+"""The error table on recordings made from a forecast, right and wrong."""
 
-import csv
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +8,10 @@ import pytest
 
 from glmlab.core.curve import Curve
 from glmlab.core.resources import data_path
-from glmlab.evidence.accuracy import card_line, error_table
-from glmlab.forecast.comparison import ComparisonError, compare_recording, workload_of
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.evidence.accuracy import error_table
+from glmlab.evidence.plan import EvidenceError
+from glmlab.forecast.comparison import compare_recording
+from glmlab.forecast.forecast import Forecast
 
 MODEL = str(data_path("tiny-chatglm3"))
 H200 = {"index": 0, "name": "NVIDIA H200", "total_mib": 143771.0}
@@ -26,10 +25,10 @@ NOTES = {
 def truth() -> pd.DataFrame:
     """What a GPU would record if the forecast were true: every step of three turns."""
     turns = [(8, 400), (30, 700), (30, 700)]
-    workload = Workload.of(
+    forecast = Forecast.of(
         MODEL, turns=turns, precision="fp16", attention="eager", weights="random", architecture="hopper"
     )
-    table = forecast(workload, seeds=()).table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
+    table = forecast.curve.table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
     table["gpu"] = 0
     table["prompt_tokens"] = table["turn"].map({0: 0, 1: 8, 2: 30, 3: 30})
     table["generated_tokens"] = (
@@ -87,44 +86,5 @@ def test_growth_off_by_more_than_five_percent_does_not_hold(truth: pd.DataFrame,
 
 
 def test_recording_of_one_length_cannot_grow(truth: pd.DataFrame) -> None:
-    with pytest.raises(ComparisonError, match="one context length, so nothing grows"):
+    with pytest.raises(EvidenceError, match="one context length, so nothing grows"):
         error_table([recording(truth[truth["step"].isin([1, 400]) & (truth["turn"] == 1)].tail(1))])
-
-
-def test_workload_of_a_recording_has_its_loading_its_cache_and_its_architecture(truth: pd.DataFrame) -> None:
-    unknown = {"index": 0, "name": "NVIDIA H100 80GB HBM3", "total_mib": 81559.0}
-    told = workload_of(recording(truth, gpus=[unknown], cache="static", static_tokens=4096))
-    assert (told.weights, told.cache, told.static_tokens, told.architecture) == ("random", "static", 4096, "hopper")
-    for capability, architecture in (("7.5", "turing"), ("8.6", "ampere"), ("8.9", "ada"), ("12.0", "blackwell")):
-        assert workload_of(recording(truth, gpus=[], compute_capability=capability)).architecture == architecture
-    with pytest.raises(ComparisonError, match="decode steps were compiled, .* Record it without compile=True"):
-        workload_of(recording(truth, compiled=True))
-    with pytest.raises(ComparisonError, match="static_tokens is 'many'"):
-        workload_of(recording(truth, static_tokens="many"))
-
-
-@pytest.mark.parametrize(
-    ("figures", "context_mib"),
-    [
-        ({"used_mib": 700.0, "process_mib": 640.0, "others_mib": 60.0}, "540"),
-        ({"used_mib": 700.0, "process_mib": None, "others_mib": None}, "600"),
-        ({"used_mib": 700.0, "process_mib": None, "others_mib": 50.0}, "550"),
-    ],
-)
-def test_card_line_tells_the_cuda_context(truth: pd.DataFrame, figures: dict[str, Any], context_mib: str) -> None:
-    table = truth.assign(**figures)
-    table["reserved_mib"] = 100.0
-    (line,) = csv.reader([card_line(recording(table))])
-    header = data_path("gpus.csv").read_text(encoding="utf-8").splitlines()[0].split(",")
-    told = dict(zip(header, line, strict=True))
-    assert (told["name"], told["memory_mib"], told["architecture"]) == ("H200", "143771", "hopper")
-    assert told["cuda_context_mib"] == context_mib
-    assert told["bandwidth_bytes_per_s"] == "4800000000000"
-    assert "driver 999" in told["source"]
-
-
-def test_card_line_needs_a_gpu(truth: pd.DataFrame) -> None:
-    with pytest.raises(ComparisonError, match="has no GPU"):
-        card_line(recording(truth, gpus=[]))
-    with pytest.raises(ComparisonError, match="used and reserved memory were not both read"):
-        card_line(recording(truth))

@@ -34,8 +34,8 @@ from glmlab.evidence.plan import (
     choose,
 )
 from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
-from glmlab.forecast.comparison import workload_of
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.comparison import forecast_of
+from glmlab.forecast.workload import resolve_model
 from glmlab.latency.polling import API, NVML, SUBPROCESS
 from glmlab.memory.recording import load_conversation
 from glmlab.snapshots.replay import read_snapshot
@@ -103,7 +103,7 @@ def test_plan_covers_what_forecasts_are_held_against() -> None:
 def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: Run) -> None:
     turns = load_conversation("long").turns[: run.turns]
     answers = sum(turn.max_new_tokens for turn in turns)
-    config = Workload.of(run.model).config
+    config = resolve_model(run.model)[1]
     limit = STATIC_TOKENS if run.cache == "static" else config.get("max_position_embeddings", config.get("seq_length"))
     longest_prompt = 60 * len(turns)
     assert answers > 2100
@@ -112,7 +112,7 @@ def test_recorded_turns_pass_2048_tokens_and_stay_within_the_models_limit(run: R
 
 
 def test_timed_lengths_and_the_steps_behind_them_stay_within_the_models_limit() -> None:
-    config = Workload.of("chatglm3-6b").config
+    config = resolve_model("chatglm3-6b")[1]
     assert max(LATENCY_TOKENS) + 35 <= config["seq_length"]
 
 
@@ -149,7 +149,7 @@ def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, 
     assert curve.table["step"].tolist() == list(range(spoken + 1))
     assert curve.table["used_mib"].tolist() == [1000.0] * (spoken + 1)
     assert (curve.provenance["status"], curve.provenance["resumptions"]) == ("finished", [])
-    workload = workload_of(curve)
+    workload = forecast_of(curve).workload
     assert (workload.cache, workload.static_tokens, workload.weights) == ("static", STATIC_TOKENS, "random")
 
     snapshot = read_snapshot(tmp_path / "data/snapshots" / f"{other}.json.gz")

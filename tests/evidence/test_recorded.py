@@ -6,7 +6,6 @@ known to work, and to fail, before the first recording comes.
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,10 @@ from glmlab.evidence.accuracy import error_table
 from glmlab.evidence.latency import TimedTokens, timed_tokens
 from glmlab.evidence.plan import SNAPSHOT_TURN
 from glmlab.evidence.sequence import compare_sequence
-from glmlab.forecast.comparison import workload_of_notes
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.comparison import forecast_of_notes
+from glmlab.forecast.forecast import Forecast
 from glmlab.snapshots.replay import read_snapshot, replay_snapshot
 from glmlab.snapshots.stripping import MOST_FILE_BYTES, save_stripped, strip
-from glmlab.tracing.trace import Turn
-from glmlab.tracing.tracer import trace
 
 NOTES = {
     "model": str(data_path("tiny-chatglm3")), "precision": "fp16", "attention": "sdpa", "weights": "random",
@@ -49,8 +45,7 @@ def check_snapshot(path: Path) -> None:
     check_provenance(notes)
     report = replay_snapshot(snapshot)
     assert report.is_equal, f"{path.name}: {report}"
-    workload = workload_of_notes(path.name, notes, notes["turns"])
-    compared = compare_sequence(trace(workload.trace_settings()), snapshot)
+    compared = compare_sequence(forecast_of_notes(path.name, notes, notes["turns"]).trace, snapshot)
     assert compared.is_equal, f"{path.name}: {compared}"
 
 
@@ -102,12 +97,12 @@ def test_every_timed_token_is_above_the_floor() -> None:
 # ---------------------------------------------------------------- the checks themselves, on files made from a forecast
 
 
-def workload() -> Workload:
-    return workload_of_notes("made up", NOTES, [SNAPSHOT_TURN])
+def made_up() -> Forecast:
+    return forecast_of_notes("made up", NOTES, [SNAPSHOT_TURN])
 
 
 def test_snapshot_that_the_trace_explains_passes_and_one_with_scratch_does_not(tmp_path: Path) -> None:
-    told = trace(workload().trace_settings())
+    told = made_up().trace
     check_snapshot(save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN), NOTES), tmp_path / "good.json.gz"))
 
     scratch = save_stripped(strip(traced_snapshot(told, SNAPSHOT_TURN, 4096), NOTES), tmp_path / "scratch.json.gz")
@@ -116,7 +111,7 @@ def test_snapshot_that_the_trace_explains_passes_and_one_with_scratch_does_not(t
 
 
 def test_snapshot_whose_addresses_are_not_the_allocators_does_not_pass(tmp_path: Path) -> None:
-    snapshot = traced_snapshot(trace(workload().trace_settings()), SNAPSHOT_TURN)
+    snapshot = traced_snapshot(made_up().trace, SNAPSHOT_TURN)
     events = snapshot["device_traces"][0]
     freed = {event["addr"] for event in events if event["action"] == "free_completed"}
     moved = next(event for event in events if event["action"] == "alloc" and event["addr"] in freed)
@@ -128,8 +123,7 @@ def test_snapshot_whose_addresses_are_not_the_allocators_does_not_pass(tmp_path:
 
 
 def test_recording_with_a_wrong_curve_does_not_pass() -> None:
-    turns = replace(workload(), turns=(Turn(8, 500),))
-    table = forecast(turns, seeds=()).table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
+    table = made_up().replace(turns="8:500").curve.table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
     table["prompt_tokens"], table["generated_tokens"] = 8, table["step"]
     check_recordings([Curve(table, NOTES, kind="measured", label="right")])
 

@@ -9,19 +9,18 @@ from recorded_device import RecordedDevice, traced_snapshot
 
 from glmlab.core.resources import data_path
 from glmlab.evidence.sequence import SequenceError, compare_sequence, traced_rows
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 from glmlab.models.loading import build_skeleton, load_config
 from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
 from glmlab.snapshots.replay import Snapshot, read_snapshot, replay_snapshot
 from glmlab.snapshots.stripping import save_stripped, strip
 from glmlab.tracing.trace import AllocationTrace, Turn
-from glmlab.tracing.tracer import trace
 
 TURN = Turn(8, 21)
 
 
 def traced(**fields: Any) -> AllocationTrace:
-    return trace(Workload.of(str(data_path("tiny-chatglm3")), weights="random", **fields).trace_settings())
+    return Forecast.of(str(data_path("tiny-chatglm3")), weights="random", **fields).trace
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ from matplotlib.colors import to_hex
 from glmlab.allocator.caching import CachingAllocator
 from glmlab.core.curve import Curve
 from glmlab.figures import COLORS, FigureError, component_chart, components, pool_map
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 
 
 @pytest.fixture(scope="module")
 def curve() -> Curve:
-    workload = Workload.recorded("chatglm3-6b-original-int4", turns="8:40,30:60")
-    return forecast(workload, seeds=())
+    return Forecast.of(trace="chatglm3-6b-original-int4", turns="8:40,30:60").curve
 
 
 def test_components_add_up_to_what_is_used(curve):

@@ -19,8 +19,7 @@ from glmlab.figures import (
 from glmlab.figures.deployment import PART_LOOKS
 from glmlab.figures.forecast import COMPONENT_STYLES
 from glmlab.figures.style import luminance
-from glmlab.forecast.forecast import forecast
-from glmlab.forecast.workload import Workload
+from glmlab.forecast.forecast import Forecast
 
 CLEAR_STEP = 1.5
 """Ratio of the luminances of two greys that touch."""
@@ -34,7 +33,7 @@ def _apart(one, other) -> bool:
 
 @pytest.fixture(scope="module")
 def curve() -> Curve:
-    return forecast(Workload.recorded("chatglm3-6b-original-int4", turns="8:40,30:60"), seeds=())
+    return Forecast.of(trace="chatglm3-6b-original-int4", turns="8:40,30:60").curve
 
 
 def test_stacked_components_differ_from_their_neighbours(curve):

@@ -22,7 +22,7 @@ from fake_gpu import GPU_UUIDS, FakeCuda, FakeDriver
 from transformers import GenerationConfig
 
 from glmlab.core.curve import read_curve
-from glmlab.forecast.comparison import workload_of
+from glmlab.forecast.comparison import forecast_of
 from glmlab.generation import chat
 from glmlab.generation.chat import ChatSession, ContextFullError
 from glmlab.generation.decoding import decode_steps
@@ -197,7 +197,7 @@ def test_recording_allocates_what_a_trace_of_its_workload_does(
 
     monkeypatch.setattr(chat, "decode_steps", noting)
     curve = record(loaded, CHAT, tmp_path / "chat.csv", static_tokens=static_tokens)
-    told = workload_of(replace(curve, provenance={**curve.provenance, "model": str(tmp_path)}))
+    told = forecast_of(replace(curve, provenance={**curve.provenance, "model": str(tmp_path)})).workload
     assert (told.cache, told.static_tokens) == (("dynamic", 0) if static_tokens is None else ("static", 4096))
     assert [turn.generated for turn in told.turns] == [question.max_new_tokens for question in QUESTIONS]
 

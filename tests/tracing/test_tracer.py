@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from glmlab.core.cards import find_card
 from glmlab.core.curve import COMPONENTS
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
-from glmlab.forecast.explanation import explain
-from glmlab.forecast.forecast import forecast, largest_context
-from glmlab.forecast.workload import Workload, WorkloadError
+from glmlab.forecast.forecast import Forecast
+from glmlab.forecast.workload import ForecastError
 from glmlab.models.checkpoint_files import read_config_json
 from glmlab.models.checkpoints import find_config
 from glmlab.tracing import tracer as tracing
@@ -54,9 +52,9 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield folder
 
 
-def shallow(model: str, **fields: Any) -> Workload:
+def shallow(model: str, **fields: Any) -> Forecast:
     config = {**read_config_json(find_config(model)), **SMALL[model]}
-    return Workload.of({name: value for name, value in config.items() if value is not None}, **fields)
+    return Forecast.of({name: value for name, value in config.items() if value is not None}, **fields)
 
 
 def labels(made: AllocationTrace, section: str) -> Counter[str]:
@@ -70,7 +68,7 @@ def labels(made: AllocationTrace, section: str) -> Counter[str]:
     ("model", "kv_heads"), [("chatglm3-6b", 2), ("glm-4-9b-chat-hf", 2), ("qwen2.5-7b", 4), ("llama-2-7b", 32)]
 )
 def test_every_model_of_the_suite_is_traced(model: str, kv_heads: int) -> None:
-    made = trace(shallow(model).trace_settings())
+    made = shallow(model).trace
     assert made.facts.kv_bytes_per_token == 2 * LAYERS * kv_heads * 128 * 2
     assert made.program.carried["steady"] == made.program.carried["later.step3"]
     assert len(made.program.carried["steady"]) == 2 * LAYERS
@@ -101,8 +99,8 @@ def test_every_model_of_the_suite_is_traced(model: str, kv_heads: int) -> None:
 )
 def test_components_of_every_variant_add_up(fields: dict[str, Any]) -> None:
     fields = {"turns": "12:40,30:60,200:1,9:2", **fields}
-    workload = shallow("chatglm3-6b", **fields)
-    table = forecast(workload, seeds=()).table
+    forecast = shallow("chatglm3-6b", **fields)
+    table = forecast.curve.table
     assert (table[list(COMPONENTS)].sum(axis=1) - table["used_mib"]).abs().max() == 0
     assert table[list(COMPONENTS)].min().min() >= 0
     assert (
@@ -110,14 +108,14 @@ def test_components_of_every_variant_add_up(fields: dict[str, Any]) -> None:
         == table["reserved_mib"]
     ).all()
     per_token = 2 * LAYERS * 2 * 128 * (4 if fields.get("precision") == "fp32" else 2) * fields.get("batch", 1)
-    assert table["kv_payload_mib"].iloc[-1] == workload.context_tokens * per_token / MIB
+    assert table["kv_payload_mib"].iloc[-1] == forecast.workload.context_tokens * per_token / MIB
 
 
 def test_weights_are_the_models_bytes() -> None:
     config = read_config_json(find_config("chatglm3-6b"))
     rows = {}
     for precision in ("fp16", "int8", "int4"):
-        rows[precision] = forecast(shallow("chatglm3-6b", precision=precision, turns="8:3"), seeds=()).table.iloc[-1]
+        rows[precision] = shallow("chatglm3-6b", precision=precision, turns="8:3").curve.table.iloc[-1]
     hidden, ffn, vocabulary = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
     linear = {"attention": hidden * (2 * hidden + 2 * 2 * 128), "mlp": 3 * hidden * ffn}
     for row in rows.values():
@@ -133,7 +131,7 @@ def test_weights_are_the_models_bytes() -> None:
 
 
 def test_loading_begins_with_the_warm_up_block_and_quantises_tensor_by_tensor() -> None:
-    made = trace(shallow("chatglm3-6b", precision="int4").trace_settings())
+    made = shallow("chatglm3-6b", precision="int4").trace
     first, second = allocations(made.program, "load")[:2]
     warm_up = made.request(int(first), 0, 0)
     assert warm_up.operation == "loader's warm-up block"
@@ -145,24 +143,21 @@ def test_loading_begins_with_the_warm_up_block_and_quantises_tensor_by_tensor() 
     )  # weight and scales of q, k, v, o, gate-up, down
 
 
-def test_a_small_card_caps_the_warm_up_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = shallow("chatglm3-6b", precision="fp16", turns="8:3")
-    free = forecast(workload, seeds=()).table
-    on_card = forecast(shallow("chatglm3-6b", precision="fp16", turns="8:3", card="RTX 4060"), seeds=()).table
-    assert free["reserved_mib"].iloc[0] == on_card["reserved_mib"].iloc[0]  # 2 layers fit beside the spared 1.2 GiB
-    model_mib = free["allocated_mib"].iloc[0]
-    monkeypatch.setattr(
-        "glmlab.forecast.forecast.find_card", lambda _: find_card("RTX 4060")._replace(memory_mib=int(model_mib + 1000))
-    )
-    tight = forecast(shallow("chatglm3-6b", precision="fp16", turns="8:3", card="RTX 4060"), seeds=())
-    first_rise = explain(tight).rises[0]
+def test_a_small_card_caps_the_warm_up_block() -> None:
+    free = shallow("chatglm3-6b", precision="fp16", turns="8:3")
+    loaded = free.curve.table.iloc[0]
+    on_card = free.replace(card="RTX 4060").curve.table
+    assert loaded["reserved_mib"] == on_card["reserved_mib"].iloc[0]  # 2 layers fit beside the spared 1.2 GiB
+    model_mib = loaded["allocated_mib"]
+    tight = free.replace(card=find_card("RTX 4060")._replace(memory_mib=int(model_mib + 1000)))
+    first_rise = tight.rises[0]
     assert first_rise.request.operation == "loader's warm-up block"
     assert first_rise.mib == pytest.approx(model_mib + 1000 - 1.2 * 1024, abs=2)
 
 
 def test_kept_objects_cost_what_they_hold() -> None:
     base, cached, logits = (
-        forecast(shallow("chatglm3-6b", turns="12:200,30:300", keeps=keeps), seeds=()).table.iloc[-1]
+        shallow("chatglm3-6b", turns="12:200,30:300", keeps=keeps).curve.table.iloc[-1]
         for keeps in ((), ("previous cache",), ("logits",))
     )
     previous_mib = (12 + 200 - 1) * 2 * LAYERS * 2 * 128 * 2 / MIB
@@ -171,7 +166,7 @@ def test_kept_objects_cost_what_they_hold() -> None:
 
 
 def test_a_static_cache_does_not_grow() -> None:
-    table = forecast(shallow("chatglm3-6b", cache="static", static_tokens=4096, turns="12:2000"), seeds=()).table
+    table = shallow("chatglm3-6b", cache="static", static_tokens=4096, turns="12:2000").curve.table
     after_prefill = table[table["step"] > 2]
     assert after_prefill["reserved_mib"].nunique() == 1
     held = after_prefill["kv_payload_mib"] + after_prefill["kv_copies_mib"]
@@ -180,9 +175,7 @@ def test_a_static_cache_does_not_grow() -> None:
 
 def test_eager_attention_forms_a_matrix_of_scores() -> None:
     sdpa, eager = (
-        forecast(shallow("chatglm3-6b", attention=attention, turns="2000:3"), seeds=())
-        .table["peak_allocated_mib"]
-        .iloc[1]
+        shallow("chatglm3-6b", attention=attention, turns="2000:3").curve.table["peak_allocated_mib"].iloc[1]
         for attention in ("sdpa", "eager")
     )
     assert eager - sdpa > 32 * 2000 * 2000 * 2 / MIB
@@ -191,7 +184,7 @@ def test_eager_attention_forms_a_matrix_of_scores() -> None:
 def test_workspace_follows_the_architecture() -> None:
     sizes = {}
     for architecture in ("ada", "hopper"):
-        made = trace(shallow("chatglm3-6b", architecture=architecture).trace_settings())
+        made = shallow("chatglm3-6b", architecture=architecture).trace
         workspace = [
             made.request(int(event), 11, 11).requested_bytes
             for event in allocations(made.program, "first.prefill")
@@ -209,41 +202,38 @@ def test_workspace_follows_the_architecture() -> None:
 def test_4bit_weights_are_dequantised_by_products_of_many_rows(
     batch: int, turns: str, in_prefill: int, in_step: int
 ) -> None:
-    made = trace(shallow("chatglm3-6b", precision="int4", batch=batch, turns=turns).trace_settings())
+    made = shallow("chatglm3-6b", precision="int4", batch=batch, turns=turns).trace
     linears = LAYERS * 6  # q, k, v, o, gate and up, down
     assert labels(made, "first.prefill")["dequantize_4bit"] == linears * in_prefill
     assert labels(made, "steady")["dequantize_4bit"] == linears * in_step
 
 
 def test_grouped_heads_without_flash_attention_use_the_unfused_form() -> None:
-    fused = labels(trace(shallow("chatglm3-6b", architecture="ada").trace_settings()), "steady")
-    unfused = labels(trace(shallow("chatglm3-6b", architecture="turing").trace_settings()), "steady")
+    fused = labels(shallow("chatglm3-6b", architecture="ada").trace, "steady")
+    unfused = labels(shallow("chatglm3-6b", architecture="turing").trace, "steady")
     assert "aten.bmm.default" not in fused
     assert unfused["aten.bmm.default"] == 2 * LAYERS
 
 
 def test_full_size_fp16_fits_a_card_or_not() -> None:
-    workload = Workload.of("chatglm3-6b", precision="fp16")
-    table = forecast(workload.with_turns("8:100"), seeds=()).table
-    assert table["reserved_mib"].iloc[0] == pytest.approx(6_243_584_000 * 2 / MIB, abs=4)
-    assert largest_context(workload, "RTX 3090").limited_by == "model"
-    with pytest.raises(GlmlabError, match="does not fit on RTX 4060"):
-        largest_context(workload, "RTX 4060")
+    forecast = Forecast.of("chatglm3-6b", precision="fp16", turns="8:100")
+    assert forecast.curve.table["reserved_mib"].iloc[0] == pytest.approx(6_243_584_000 * 2 / MIB, abs=4)
+    assert forecast.largest_context("RTX 3090").limited_by == "model"
+    assert not forecast.largest_context("RTX 4060").fits
 
 
 def test_a_static_cache_is_as_long_as_the_card_allows() -> None:
     heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "hidden_size": 4096, "head_dim": 128}
     config = {**read_config_json(find_config("llama-2-7b")), **heads, "num_hidden_layers": 1, "vocab_size": 1000}
     config["max_position_embeddings"] = 1024
-    workload = Workload.of(config, cache="static", batch=640)  # 10 MiB of keys and values a token
-    capacity = largest_context(workload, "RTX 4060")
+    forecast = Forecast.of(config, cache="static", batch=640, card="RTX 4060")  # 10 MiB of keys and values a token
+    capacity = forecast.largest_context()
     assert capacity.limited_by == "memory"
     assert capacity.context_tokens < 1024
-    on_card = replace(workload, card="RTX 4060")
-    last = forecast(on_card.with_tokens(capacity.context_tokens), seeds=())
+    last = forecast.replace(tokens=capacity.context_tokens).curve
     assert last.table["context_tokens"].iloc[-1] == capacity.context_tokens
     assert last.table["used_mib"].iloc[-1] == capacity.used_mib
-    one_more = forecast(on_card.with_tokens(capacity.context_tokens + 1), seeds=())
+    one_more = forecast.replace(tokens=capacity.context_tokens + 1).curve
     assert "out_of_memory" in one_more.provenance
 
 
@@ -386,26 +376,26 @@ def test_impossible_configs_are_refused(change: dict[str, Any], message: str, ca
     before = sorted(cache_folder.iterdir())
     config = {**read_config_json(find_config("chatglm3-6b")), "num_layers": 1, **change}
     with pytest.raises(GlmlabError, match=message):
-        trace(Workload.of(config).trace_settings())
+        _ = Forecast.of(config).trace
     assert sorted(cache_folder.iterdir()) == before
 
 
 def test_int4_needs_blocks_of_64() -> None:
     config = {**read_config_json(find_config("chatglm3-6b")), "num_layers": 1, "ffn_hidden_size": 1000}
     with pytest.raises(TraceError, match="mlp.down_proj has 1000 inputs. Use int8"):
-        trace(Workload.of(config, precision="int4").trace_settings())
+        _ = Forecast.of(config, precision="int4").trace
 
 
 def test_a_static_cache_must_hold_the_turns() -> None:
-    with pytest.raises(WorkloadError, match="static cache of 100 tokens cannot hold"):
-        trace(shallow("chatglm3-6b", cache="static", static_tokens=100, turns="8:200").trace_settings())
+    with pytest.raises(ForecastError, match="static cache of 100 tokens cannot hold"):
+        _ = shallow("chatglm3-6b", cache="static", static_tokens=100, turns="8:200").trace
     with pytest.raises(TraceError, match=f"Use static_tokens={LONGEST}"):
-        trace(shallow("chatglm3-6b", cache="static", turns="8:50").trace_settings())
+        _ = shallow("chatglm3-6b", cache="static", turns="8:50").trace
 
 
 def test_unknown_effects_are_named() -> None:
     with pytest.raises(TraceError, match="no effect 'magic'.*cublas-workspace"):
-        trace(shallow("chatglm3-6b", without_effects=("magic",)).trace_settings())
+        _ = shallow("chatglm3-6b", without_effects=("magic",)).trace
 
 
 # ----------------------------------------------------------------------------------------------- cache
@@ -413,43 +403,43 @@ def test_unknown_effects_are_named() -> None:
 
 def test_the_cache_is_used_and_follows_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GLMLAB_CACHE", str(tmp_path))
-    made = trace(shallow("llama-2-7b").trace_settings())
+    made = shallow("llama-2-7b").trace
     (file,) = tmp_path.iterdir()
 
     def refuse(*_: object) -> AllocationTrace:
         raise AssertionError("traced again")
 
     monkeypatch.setattr(tracing, "_record", refuse)
-    again = trace(shallow("llama-2-7b", turns="30:7").trace_settings())  # turns do not matter
+    again = shallow("llama-2-7b", turns="30:7").trace  # turns do not matter
     assert np.array_equal(again.program.events, made.program.events)
     with pytest.raises(AssertionError, match="traced again"):
-        trace(shallow("llama-2-7b", batch=2).trace_settings())
+        _ = shallow("llama-2-7b", batch=2).trace
     with pytest.raises(AssertionError, match="traced again"):
-        trace(shallow("llama-2-7b").trace_settings(), refresh=True)
+        trace(shallow("llama-2-7b").workload.trace_settings(), refresh=True)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
 def test_an_edit_of_the_code_makes_the_trace_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = shallow("llama-2-7b")
-    name = tracing._digest(workload.trace_settings())
-    assert tracing._digest(workload.trace_settings()) == name
+    settings = shallow("llama-2-7b").workload.trace_settings()
+    name = tracing._digest(settings)
+    assert tracing._digest(settings) == name
     edited = Path(tracing.__file__).with_name("recorder.py")
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda file: read_bytes(file) + b"#" * (file == edited))
-    assert tracing._digest(workload.trace_settings()) != name
+    assert tracing._digest(settings) != name
 
 
 def test_a_damaged_cache_file_is_traced_again_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GLMLAB_CACHE", str(tmp_path))
-    made = trace(shallow("llama-2-7b").trace_settings())
+    made = shallow("llama-2-7b").trace
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.warns(UserWarning, match="cached trace is damaged and made again"):
-        again = trace(shallow("llama-2-7b").trace_settings())
+        again = shallow("llama-2-7b").trace
     assert again.facts == made.facts
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trace(shallow("llama-2-7b").trace_settings())
+        _ = shallow("llama-2-7b").trace
 
 
 def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -457,11 +447,11 @@ def test_a_cache_that_cannot_be_written_is_said(monkeypatch: pytest.MonkeyPatch,
     blocked.write_text("no folder")
     monkeypatch.setenv("GLMLAB_CACHE", str(blocked / "cache"))
     with pytest.warns(UserWarning, match="could not be cached"):
-        trace(shallow("llama-2-7b").trace_settings())
+        _ = shallow("llama-2-7b").trace
 
 
 def test_traces_of_two_runs_are_equal() -> None:
-    one, two = (trace(shallow("qwen2.5-7b").trace_settings(), refresh=True) for _ in range(2))
+    one, two = (trace(shallow("qwen2.5-7b").workload.trace_settings(), refresh=True) for _ in range(2))
     assert np.array_equal(one.program.events, two.program.events)
     assert np.array_equal(one.program.sizes, two.program.sizes)
     assert tuple(one.program.owners) == OWNERS
@@ -473,9 +463,9 @@ def test_traces_of_two_runs_are_equal() -> None:
     "fields", [{}, {"attention": "eager"}, {"precision": "int8"}, {"cache": "static", "static_tokens": 4096}], ids=str
 )
 def test_repeating_known_operations_changes_nothing(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    remembered = trace(shallow("chatglm3-6b", **fields).trace_settings(), refresh=True)
+    remembered = trace(shallow("chatglm3-6b", **fields).workload.trace_settings(), refresh=True)
     monkeypatch.setattr("glmlab.tracing.recorder._gives_fresh_tensor", lambda _: False)
-    computed = trace(shallow("chatglm3-6b", **fields).trace_settings(), refresh=True)
+    computed = trace(shallow("chatglm3-6b", **fields).workload.trace_settings(), refresh=True)
     assert np.array_equal(remembered.program.events, computed.program.events)
     assert np.array_equal(remembered.program.sizes, computed.program.sizes)
     assert remembered.labels == computed.labels
