@@ -99,7 +99,7 @@ def fetch(
     ] = False,
 ) -> None:
     """Download a model, or complete a half-download, and check every file."""
-    from glmlab.models.hub import fetch as run
+    from glmlab.models.checkpoints import fetch as run
 
     report = run(model, hub=hub, to=to, with_source=with_source)
     typer.echo(str(report))

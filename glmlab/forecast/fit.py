@@ -20,14 +20,14 @@ from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton, load_config
 from glmlab.models.placement import (
     WORKING_BYTES,
-    LoadError,
+    check_precision,
     dtype_beside,
     find_device,
     free_bytes,
     precision_ladder,
+    predict_bytes,
     refuse_misfit,
 )
-from glmlab.models.sizes import PRECISIONS, predict_bytes
 
 DEFAULT_TOKENS = 2048
 """Context length where none is asked for."""
@@ -83,7 +83,7 @@ def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TO
         device: as for ``load_model``.
 
     Raises:
-        LoadError: unknown precision or device, int4 for a model that cannot have it.
+        GlmlabError: unknown precision or device, int4 for a model that cannot have it.
         CheckpointError: no such model.
         ProbeError: the GPU's driver does not answer.
 
@@ -92,8 +92,7 @@ def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TO
         >>> fit.fits, fit.asked.bytes_by_use["KV payload"]  # 2,048 tokens of 4 KiB
         (True, 8388608)
     """
-    if precision not in (*PRECISIONS, "auto"):
-        raise LoadError(f"precision={precision!r} is not known. Use one of {', '.join(PRECISIONS)}, or auto.")
+    check_precision(precision, or_auto=True)
     target = find_device(device)
     skeleton = build_skeleton(load_config(find_config(model)))
     refuse_misfit(model, skeleton, precision)

@@ -163,8 +163,7 @@ def resolve_model(model: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(model, Mapping):
         config, name = dict(model), str(model.get("_name_or_path") or model.get("model_type") or "model")
     else:
-        from glmlab.models.checkpoint_files import read_config_json
-        from glmlab.models.checkpoints import find_config
+        from glmlab.models.checkpoints import find_config, read_config_json
 
         config = read_config_json(find_config(model))
         name = str(config.get("_name_or_path") or model)

@@ -18,7 +18,7 @@ def bytes_by_precision() -> Plate:
 
     from glmlab.models.kv_cache import cache_dtype_bytes, kv_cache_bytes
     from glmlab.models.loading import build_skeleton, load_config
-    from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
+    from glmlab.models.placement import FLOAT_PRECISIONS, predict_bytes
 
     gpu, config = find_card(CARD), load_config(find_config(MODEL))
     skeleton = build_skeleton(config)

@@ -12,7 +12,7 @@ from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.forecast import Forecast
 from glmlab.latency.roofline import card_rates
-from glmlab.models.sizes import FLOAT_PRECISIONS
+from glmlab.models.placement import FLOAT_PRECISIONS
 
 REPORTED_TOKEN_S = 1.5
 """What the chapter reports for a token, "about"."""

@@ -40,7 +40,7 @@ from glmlab.generation.decoding import DecodeStep, context_limit
 from glmlab.latency.conditions import conditions
 from glmlab.latency.measure import LatencyError, device_errors, endless_steps
 from glmlab.models.loading import LoadedModel
-from glmlab.models.sizes import component_of
+from glmlab.models.placement import component_of
 
 PARTS = (
     "weights",

@@ -22,8 +22,7 @@ from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton
-from glmlab.models.placement import find_device
-from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
+from glmlab.models.placement import FLOAT_PRECISIONS, find_device, predict_bytes
 
 LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""
@@ -73,7 +72,7 @@ def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LA
             small model fits into; the default outgrows them.
 
     Raises:
-        LoadError: no such device on this machine.
+        GlmlabError: no such device on this machine.
         GlmlabError: a block without bytes.
 
     Example:
@@ -98,7 +97,7 @@ def measure_bandwidth(device: "str | torch.device" = "cpu", *, block_bytes: int 
         block_bytes: size of what is copied or summed.
 
     Raises:
-        LoadError: no such device on this machine.
+        GlmlabError: no such device on this machine.
         GlmlabError: a block without bytes.
     """
     device = find_device(str(device))

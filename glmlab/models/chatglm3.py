@@ -35,10 +35,6 @@ from glmlab.core.errors import GlmlabError
 MODEL_TYPE = "chatglm"
 
 
-class ArchitectureError(GlmlabError):
-    """A config.json says ``model_type: chatglm`` but describes an architecture that is not ChatGLM2/3's."""
-
-
 # ---------------------------------------------------------------------------------------------------- config
 
 _RENAMED = {  # field of the published config.json -> field of GlmConfig
@@ -80,7 +76,7 @@ class ChatGLM3Config(GlmConfig):
     """GlmConfig that also reads the published field names (``num_layers``, ``padded_vocab_size``, …).
 
     Raises:
-        ArchitectureError: the fields describe another architecture than ChatGLM2/3's (the first ChatGLM-6B,
+        GlmlabError: the fields describe another architecture than ChatGLM2/3's (the first ChatGLM-6B,
             LayerNorm, attention without grouped keys and values, a pre-quantised checkpoint, …).
 
     Example:
@@ -95,20 +91,20 @@ class ChatGLM3Config(GlmConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         foreign = [name for name in _FOREIGN if name in kwargs]
         if foreign:
-            raise ArchitectureError(
+            raise GlmlabError(
                 f"config.json has {', '.join(foreign)}: this is the first ChatGLM-6B, not ChatGLM2 or ChatGLM3, "
                 "whose blocks differ. Use a chatglm2-6b or chatglm3-6b checkpoint."
             )
         if published := [name for name in (*_RENAMED, *_REQUIRED) if name in kwargs]:
             missing = [name for name in _STATED if name not in kwargs]
             if missing:
-                raise ArchitectureError(
+                raise GlmlabError(
                     f"config.json says {published[0]} but not {', '.join(missing)}: a ChatGLM2/3 config states all of "
                     "them. Take config.json from the checkpoint's own repository."
                 )
         for name, wanted in _REQUIRED.items():
             if name in kwargs and (found := kwargs.pop(name)) != wanted:
-                raise ArchitectureError(
+                raise GlmlabError(
                     f"config.json says {name} = {found!r}, but ChatGLM3's forward pass has {name} = {wanted!r}: "
                     "this is another architecture under model_type chatglm. Use an original, unquantised ChatGLM2 or "
                     "ChatGLM3 checkpoint (precision='int4' quantises it on load)."

@@ -1,16 +1,11 @@
-"""Fetch a checkpoint from a hub into a folder: only what loading needs, resumable, checked.
+"""Fetch a model from Hugging Face or ModelScope: only what loading needs, and every file checked.
 
-Two hubs speak through their own clients (hub_clients.py); what is fetched and how it is checked is the same for both:
+Connections, tokens, endpoints, caches and resuming are the work of the hubs' own clients (huggingface_hub,
+modelscope-hub). Here the files are chosen (config, tokenizer, safetensors; never pickles; the model's own code only
+where it is asked for, to be read) and compared with the hub's listing (size, and sha256 where the hub gives one), and
+the clients' errors become one that says what to do.
 
-1. The hub lists the files of the model with sizes and, for large ones, their sha256. Config, tokenizer and safetensors
-   are wanted; pickles and code never, but for the model's own source where it is asked for, which is read and not run.
-2. What lies there already and is sound stays; what is damaged goes. The disk must hold what is missing.
-3. The client downloads what is missing. A cut connection goes on at the byte where it was cut. A run that ended goes on
-   at the file where it ended; only ModelScope's client keeps a part of a file for the next run.
-4. Every new file is held against the listing (size, sha256), then the folder as a whole: each shard of the index
-   present, safetensors headers sound.
-
-A folder chosen by the user gets a record of its fetch, so that a half-download is known as one.
+A folder that the user chose gets a record of its fetch, so that a half-download is known as one.
 """
 
 import hashlib
@@ -18,13 +13,17 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
+from typing import Any
 
+from glmlab.core.errors import GlmlabError
+from glmlab.core.files import write_atomically
 from glmlab.core.units import format_bytes
-from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint
-from glmlab.models.hub_clients import HUBS, Cached, HubClient, HubFile, HubUnreachableError, fits
 
 NEEDED = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
 """What loading reads."""
@@ -40,15 +39,46 @@ RECORD = ".glmlab-fetch.json"
 
 _LARGEST_TEXT_BYTES = 256 * 2**20  # far above the largest tokenizer or index published
 
+_MEANINGS = {  # error of a client -> what it means, and what to do
+    "GatedRepoError": "{model} is gated: accept its licence on its hub page, then log in with 'hf auth login' or set "
+    "HF_TOKEN.",
+    "RepositoryNotFoundError": "the hub knows no public repository '{model}'. Check the spelling; a private one needs "
+    "'hf auth login'.",
+    "RemoteEntryNotFoundError": "{model} lacks a file on the hub ({error}). Check that it is a model in transformers' "
+    "format.",
+    "NotExistError": "ModelScope knows no model '{model}'. Check the spelling: ChatGLM3-6B is 'ZhipuAI/chatglm3-6b' "
+    "there.",
+    "AuthenticationError": "ModelScope gives no access to {model}: set MODELSCOPE_API_TOKEN, or log in with 'ms-hub "
+    "login'.",
+    "FileDownloadError": "{model} came only in part ({error}). Fetch again: what is here stays, an interrupted file "
+    "resumes.",
+}
+_MEANINGS["PermissionDeniedError"] = _MEANINGS["AuthenticationError"]
+
+
+class CheckpointError(GlmlabError):
+    """A checkpoint cannot be fetched or used; the text names the file or the name, what is wrong, and what to do."""
+
+
+class _UnreachableError(CheckpointError):
+    """The hub does not answer; the text is the second half of a sentence and begins in lower case."""
+
 
 @dataclass(frozen=True)
-class FetchedFile:
-    """One file of a fetch: whether it lay there before, and what was compared with the hub's listing."""
+class HubFile:
+    """A file as the hub lists it; ``sha256`` is None where the hub gives none (small files)."""
 
     name: str
     size_bytes: int
-    was_there: bool
-    checked: str  # "sha256", "size" where the hub gives no hash, "nothing" where the hub was not asked
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        is_hash = self.sha256 is None or (isinstance(self.sha256, str) and len(self.sha256) == 64)
+        if not (isinstance(self.name, str) and isinstance(self.size_bytes, int) and self.size_bytes >= 0 and is_hash):
+            raise CheckpointError(
+                f"the hub lists {str(self.name)[:80]!r} with size {str(self.size_bytes)[:80]} and sha256 "
+                f"{str(self.sha256)[:80]}, which no file has. Use another endpoint."
+            )
 
 
 @dataclass(frozen=True)
@@ -57,182 +87,210 @@ class FetchReport:
 
     model: str
     hub: str
-    revision: str
+    revision: str | None
+    """None where the hub was not asked: then nothing was compared with its listing."""
     folder: Path
-    files: tuple[FetchedFile, ...]
+    files: tuple[HubFile, ...]
+    fetched: frozenset[str]
+    """Names of the files that were not there before."""
     seconds: float
 
-    @property
-    def fetched_bytes(self) -> int:
-        """Bytes of the files that were not there before."""
-        return sum(file.size_bytes for file in self.files if not file.was_there)
-
-    @property
-    def hashes_checked(self) -> int:
-        """Files whose sha256 equals the hub's; of the others the size does."""
-        return sum(file.checked == "sha256" for file in self.files)
-
     def __str__(self) -> str:
-        n_new = sum(not file.was_there for file in self.files)
-        lines = [
-            f"{file.name:<{max(len(file.name) for file in self.files)}}  {format_bytes(file.size_bytes):>10}  "
-            f"{'was here' if file.was_there else 'fetched':8}  {file.checked} checked"
-            for file in self.files
-        ]
-        lines += [
-            f"{self.model} ({self.hub}, revision {self.revision[:12]}): {n_new} of {len(self.files)} files fetched, "
-            f"{format_bytes(self.fetched_bytes)} in {self.seconds:.1f} s, {self.hashes_checked} hashes checked",
-            f"in {self.folder}",
-        ]
-        return "\n".join(lines)
+        width = max(len(file.name) for file in self.files)
+        lines, fetched_bytes = [], 0
+        for file in self.files:
+            is_new = file.name in self.fetched
+            fetched_bytes += file.size_bytes * is_new
+            checked = "nothing" if self.revision is None else "sha256" if file.sha256 else "size"
+            size, came = format_bytes(file.size_bytes), "fetched" if is_new else "was here"
+            lines.append(f"{file.name:<{width}}  {size:>10}  {came:8}  {checked} checked")
+        hashes = sum(file.sha256 is not None for file in self.files)
+        origin = f"{self.hub}, revision {(self.revision or 'as cached')[:12]}"
+        came = f"{format_bytes(fetched_bytes)} in {self.seconds:.1f} s, {hashes} hashes checked"
+        total = f"{self.model} ({origin}): {len(self.fetched)} of {len(lines)} files fetched, {came}"
+        return "\n".join([*lines, total, f"in {self.folder}"])
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What stands in :data:`RECORD`."""
-
-    model: str
-    hub: str
-    with_source: bool
-    complete: bool
+# ------------------------------------------------------------------------------------------------ the two clients
 
 
-def fetch(model: str, *, hub: str = "huggingface", to: Path | None = None, with_source: bool = False) -> FetchReport:
-    """Fetch a model's config, tokenizer and safetensors, and check them.
+class _HuggingFace:
+    """The Hugging Face hub, or what HF_ENDPOINT names.
 
-    Endpoint, token, cache folder and offline mode are those of the hub's own client: HF_ENDPOINT, HF_TOKEN, HF_HOME and
-    HF_HUB_OFFLINE, or MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN and MODELSCOPE_CACHE.
-
-    Args:
-        model: the hub's name of the model, such as "zai-org/chatglm3-6b" (on ModelScope "ZhipuAI/chatglm3-6b").
-        hub: "huggingface" or "modelscope".
-        to: folder to fetch into; by default the hub's cache, where :func:`~glmlab.load_model` finds Hugging Face's.
-        with_source: fetch the model's Python files too, to read them. They are never executed.
-
-    Raises:
-        CheckpointError: no such hub or model, no access, no network and no whole copy here, a full or read-only disk, a
-            folder that holds something else, files that are not what the hub's listing says, an unusable checkpoint.
+    ``listing``: a revision and the files of its top level; ``folder``: where the cache keeps it, whether there or not.
     """
-    started = time.perf_counter()
-    if hub not in HUBS:
-        raise CheckpointError(f"hub {hub!r} is not known. Use one of {', '.join(HUBS)}.")
-    if not is_hub_id(model):
-        raise CheckpointError(f"{model!r} is not a hub id such as 'zai-org/chatglm3-6b'. Check the spelling.")
-    client = HUBS[hub]()
+
+    name, settings = "huggingface", "HF_HUB_OFFLINE, HF_ENDPOINT"
+
+    def listing(self, model: str) -> tuple[str, list[HubFile]]:
+        from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
+
+        commit = HfApi().resolve_revision(model).resolved
+        entries = [e for e in HfApi().list_repo_tree(model, revision=commit) if isinstance(e, RepoFile)]
+        return commit, [HubFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in entries]
+
+    def folder(self, model: str, revision: str) -> Path:
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+        return repository / "snapshots" / revision
+
+    def cached(self, model: str) -> tuple[Path | None, list[str]]:
+        """Return the cached copy of the main branch as last asked for, and which files it lacks."""
+        from huggingface_hub import get_cached_repo_tree, snapshot_download
+        from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+        wanted, unwanted = list(NEEDED), list(NOT_NEEDED)
+        try:
+            found = snapshot_download(model, local_files_only=True, allow_patterns=wanted, ignore_patterns=unwanted)
+            return Path(found), []
+        except IncompleteSnapshotError as error:
+            snapshot = Path(error.snapshot_path)
+            names = [file.path for file in get_cached_repo_tree(model) if _is_wanted(file.path, NEEDED)]
+            return snapshot, [name for name in names if not (snapshot / name).is_file()]
+        except LocalEntryNotFoundError:
+            return None, []
+
+    def download(self, model: str, revision: str, files: Sequence[HubFile], folder: Path | None) -> None:
+        from huggingface_hub import snapshot_download
+
+        names = [escape(file.name) for file in files]
+        snapshot_download(model, revision=revision, allow_patterns=names, local_dir=folder)
+
+
+class _ModelScope:
+    """The ModelScope hub, or what MODELSCOPE_ENDPOINT names."""
+
+    name, settings = "modelscope", "MODELSCOPE_ENDPOINT"
+
+    def __init__(self) -> None:
+        try:
+            from modelscope_hub import HubApi, HubConfig
+        except ImportError as error:
+            raise CheckpointError(
+                "ModelScope's client is not installed. Install it: pip install 'glmlab[modelscope]' (in a checkout: "
+                "pip install -c constraints.txt -e '.[modelscope]')."
+            ) from error
+        self._config: Any = HubConfig()
+        self._api: Any = HubApi(self._config)
+
+    def listing(self, model: str) -> tuple[str, list[HubFile]]:
+        entries = self._api.list_repo_files(model, "model", revision="master", recursive=False)
+        files = [entry for entry in entries if entry.type != "tree"]
+        return "master", [HubFile(entry.path, entry.size, entry.sha256 or None) for entry in files]
+
+    def folder(self, model: str, revision: str) -> Path:
+        return Path(self._config.cache_dir) / "models" / model.replace("/", "--") / "snapshots" / revision
+
+    def cached(self, model: str) -> tuple[Path | None, list[str]]:
+        folder = self.folder(model, "master")  # what is missing in it shows when it is checked
+        return (folder if folder.is_dir() else None), []
+
+    def download(self, model: str, revision: str, files: Sequence[HubFile], folder: Path | None) -> None:
+        listed = [{"Path": file.name, "Size": file.size_bytes, "Sha256": file.sha256} for file in files]
+        target = folder or self.folder(model, revision)
+        self._api.download_repo(model, "model", revision=revision, local_dir=target, file_list=listed)
+
+
+_HUBS: dict[str, type[_HuggingFace] | type[_ModelScope]] = {"huggingface": _HuggingFace, "modelscope": _ModelScope}
+
+
+@contextmanager
+def _explained(client: _HuggingFace | _ModelScope, model: str) -> Iterator[None]:
+    """Turn a client's errors into a CheckpointError that says what to do."""
     try:
-        listing = client.listing(model)
-    except HubUnreachableError as error:
-        return _without_hub(client, model, to, with_source, error, started)
-    wanted = choose_files(model, listing.files, with_source=with_source)
-    folder = client.folder(model, listing.revision) if to is None else to
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        text = _printable(error)
+        if meaning := next((_MEANINGS[kind] for kind in kinds if kind in _MEANINGS), ""):
+            raise CheckpointError(meaning.format(model=model, error=text)) from error
+        if "HfHubHTTPError" in kinds:
+            raise _UnreachableError(f"the hub answers with an error ({text}). Try again later.") from error
+        if isinstance(error, ValueError):  # a file name that leaves the folder
+            raise CheckpointError(f"the hub's answer for {model} is refused: {text}") from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise CheckpointError(
+                f"{error.filename} cannot be written ({error.strerror}) while fetching {model}. Choose another folder "
+                "with --to."
+            ) from error
+        if "Consistency check failed" in text:
+            raise CheckpointError(f"a file of {model} did not arrive whole ({text}). Fetch it again.") from error
+        cause = error.__cause__ or error
+        raise _UnreachableError(
+            f"the hub cannot be reached ({type(cause).__name__}: {_printable(cause)}). Check the network and "
+            f"{client.settings}, or give a local folder."
+        ) from error
+
+
+def _printable(error: BaseException) -> str:
+    """The first two lines of an error; what a hub says could steer the terminal."""
+    text = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or "no message"
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+# ------------------------------------------------------------------------------------------------------ fetching
+
+
+def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> FetchReport:
+    """Bring a model's files here and compare each with the hub's listing (:func:`~glmlab.models.checkpoints.fetch`)."""
+    started = time.perf_counter()
+    if hub not in _HUBS:
+        raise CheckpointError(f"hub {hub!r} is not known. Use one of {', '.join(_HUBS)}.")
+    client = _HUBS[hub]()
+    command = fetch_command(model, hub, to, with_source)
+    try:
+        with _explained(client, model):
+            revision, listed = client.listing(model)
+    except _UnreachableError as error:
+        folder = _copy_here(client, model, to, command, error)
+        names = sorted(path.name for path in folder.iterdir() if _is_wanted(path.name, NEEDED))
+        here = tuple(HubFile(name, (folder / name).stat().st_size) for name in names)
+        return FetchReport(model, hub, None, folder, here, frozenset(), time.perf_counter() - started)
+    wanted = choose_files(model, listed, with_source=with_source)
+    folder = to or client.folder(model, revision)
     if to is not None:
-        _claim(to, model, hub, with_source)
-        _refuse_leftovers(to, model, wanted)
-    kept = {file.name for file in wanted if _is_sound(folder / file.name, file)}
-    missing = [file for file in wanted if file.name not in kept]
+        _claim(to, _Record(model, hub, with_source, complete=False), wanted)
+    missing = [file for file in wanted if _remove_damaged(folder / file.name, file)]
     _refuse_full_disk(model, folder, sum(file.size_bytes for file in missing))
     if missing:
         try:
-            client.download(model, listing.revision, missing, to)
-        except HubUnreachableError as error:
-            raise CheckpointError(
-                f"{model} came only in part: {error} Complete it with: {fetch_command(model, hub, to, with_source)}"
-            ) from error
+            with _explained(client, model):
+                client.download(model, revision, missing, to)
+        except _UnreachableError as error:
+            raise CheckpointError(f"{model} came only in part: {error} Complete it with: {command}") from error
     for file in missing:
-        _verify(folder / file.name, file, model)
-    check_checkpoint(folder)
+        if damage := _remove_damaged(folder / file.name, file):
+            raise CheckpointError(
+                f"{file.name} of {model} {damage}. Fetch again; if that repeats, the hub or a proxy on the way serves "
+                "wrong data: use another endpoint."
+            )
     if to is not None:
         _write_record(to, _Record(model, hub, with_source, complete=True))
-    files = tuple(FetchedFile(f.name, f.size_bytes, f.name in kept, "sha256" if f.sha256 else "size") for f in wanted)
-    return FetchReport(model, hub, listing.revision, folder, files, time.perf_counter() - started)
+    fetched = frozenset(file.name for file in missing)
+    return FetchReport(model, hub, revision, folder, tuple(wanted), fetched, time.perf_counter() - started)
 
 
-def locate(model: str) -> Path:
-    """Folder of a Hugging Face model: the cached one where it is whole, else fetched now.
-
-    A whole copy is used without asking the hub; :func:`fetch` brings a newer one.
-
-    Raises:
-        CheckpointError: as :func:`fetch`.
-    """
-    cached = look_up(model)
-    return cached.folder if cached and not cached.missing else fetch(model).folder
-
-
-def look_up(model: str) -> Cached | None:
-    """What Hugging Face's cache holds of a model, without asking the hub; None where it holds nothing."""
-    return HUBS["huggingface"]().cached(model, NEEDED, NOT_NEEDED)
+def find_cached(model: str) -> tuple[Path | None, list[str]]:
+    """Return the folder of a model in Hugging Face's cache (None: nothing is there), and the files that it lacks."""
+    client = _HuggingFace()
+    with _explained(client, model):
+        return client.cached(model)
 
 
 def locate_config(model: str) -> Path:
-    """Path of the config.json of a Hugging Face model, fetched where it is not cached.
+    """Return the config.json of a Hugging Face model, fetched where it is not cached."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    Raises:
-        CheckpointError: as :func:`fetch`.
-    """
-    client = HUBS["huggingface"]()
-    cached = client.cached(model, ("config.json",), NOT_NEEDED)
-    if cached and not cached.missing:
-        return cached.folder / "config.json"
-    listing = client.listing(model)
-    files = [file for file in listing.files if file.name == "config.json"]
-    if not files:
-        raise CheckpointError(f"{model} has no config.json on the hub: it is not a model in transformers' format.")
-    client.download(model, listing.revision, files, None)
-    return client.folder(model, listing.revision) / "config.json"
-
-
-def mending_command(name: str, folder: Path) -> str:
-    """The command that makes a damaged checkpoint whole; empty where nobody knows where it came from."""
-    if folder != Path(name).expanduser() and is_hub_id(name):
-        return fetch_command(name)
-    record = _read_record(folder)
-    return fetch_command(record.model, record.hub, folder, record.with_source) if record else ""
-
-
-def refuse_half_download(folder: Path) -> None:
-    """Refuse a folder whose fetch did not end.
-
-    Raises:
-        CheckpointError: names the model and the command that completes it.
-    """
-    record = _read_record(folder)
-    if record and not record.complete:
-        raise CheckpointError(
-            f"{folder} is a half-download of {record.model}: its fetch did not end. Complete it with: "
-            f"{fetch_command(record.model, record.hub, folder, record.with_source)}"
-        )
-
-
-def fetch_command(model: str, hub: str = "huggingface", to: Path | None = None, with_source: bool = False) -> str:
-    """The command line that fetches, and completes, a model.
-
-    Example:
-        >>> fetch_command("ZhipuAI/chatglm3-6b", "modelscope", Path("my models"))
-        "glmlab fetch ZhipuAI/chatglm3-6b --from modelscope --to 'my models'"
-    """
-    words = ["glmlab", "fetch", model]
-    words += ["--from", hub] if hub != "huggingface" else []
-    words += ["--to", str(to)] if to is not None else []
-    words += ["--with-source"] if with_source else []
-    return shlex.join(words)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/model.
-
-    Example:
-        >>> is_hub_id("zai-org/chatglm3-6b"), is_hub_id("./folder"), is_hub_id("chatglm3-6b")
-        (True, False, False)
-    """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1 and not name.startswith((".", "~", "/"))
+    cached = try_to_load_from_cache(model, "config.json")
+    if isinstance(cached, str):
+        return Path(cached)
+    with _explained(_HuggingFace(), model):
+        return Path(hf_hub_download(model, "config.json"))
 
 
 def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = False) -> list[HubFile]:
@@ -243,12 +301,12 @@ def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = Fa
 
     Example:
         >>> names = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.json"]
-        >>> [file.name for file in choose_files("a/b", [HubFile(name, 1, None) for name in names])]
+        >>> [file.name for file in choose_files("a/b", [HubFile(name, 1) for name in names])]
         ['config.json', 'model.safetensors']
     """
     patterns = (*NEEDED, *SOURCE) if with_source else NEEDED
-    wanted = [file for file in files if fits(file.name, patterns) and not fits(file.name, NOT_NEEDED)]
-    wanted = [file for file in wanted if file.name.isprintable()]  # others could steer the terminal
+    # a name that cannot be printed could steer the terminal
+    wanted = [file for file in files if _is_wanted(file.name, patterns) and file.name.isprintable()]
     if not wanted:
         raise CheckpointError(
             f"{model} holds none of the files that loading needs ({', '.join(NEEDED)}). Check that it is a model."
@@ -262,74 +320,68 @@ def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = Fa
     return sorted(wanted, key=lambda file: file.name)
 
 
-def _without_hub(
-    client: HubClient, model: str, to: Path | None, with_source: bool, error: HubUnreachableError, started: float
-) -> FetchReport:
-    """Report the whole copy that is here, or say what is missing."""
-    cached = client.cached(model, NEEDED, NOT_NEEDED)
-    folder, missing = (cached.folder, cached.missing) if cached else (None, ())
-    if to is not None:
+def fetch_command(model: str, hub: str = "huggingface", to: Path | None = None, with_source: bool = False) -> str:
+    """Return the command line that fetches, and completes, a model.
+
+    Example:
+        >>> fetch_command("ZhipuAI/chatglm3-6b", "modelscope", Path("my models"))
+        "glmlab fetch ZhipuAI/chatglm3-6b --from modelscope --to 'my models'"
+    """
+    words = ["glmlab", "fetch", model]
+    words += ["--from", hub] if hub != "huggingface" else []
+    words += ["--to", str(to)] if to is not None else []
+    words += ["--with-source"] if with_source else []
+    return shlex.join(words)
+
+
+def _is_wanted(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name fits a pattern and none of NOT_NEEDED; ``*`` crosses slashes, as in the hubs' clients."""
+    return any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, p) for p in NOT_NEEDED)
+
+
+def _copy_here(
+    client: _HuggingFace | _ModelScope, model: str, to: Path | None, command: str, error: _UnreachableError
+) -> Path:
+    """Return the whole copy that is here while the hub does not answer, or say what is missing."""
+    if to is None:
+        with _explained(client, model):
+            folder, missing = client.cached(model)
+        damage = f"missing: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}" if missing else ""
+    else:
         record = _read_record(to)
-        folder, missing = (to, ()) if record and (record.model, record.hub) == (model, client.name) else (None, ())
+        folder = to if record and (record.model, record.hub) == (model, client.name) else None
+        damage = "" if record is None or record.complete else "its fetch did not end"
     if folder is None:
         raise CheckpointError(
             f"{model} is not on this machine and {error} A model of data/configs can be built with weights='random'."
         ) from error
-    command = fetch_command(model, client.name, to, with_source)
-    try:
-        refuse_half_download(folder)
-        if missing:
-            raise CheckpointError(f"missing: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}.")
-        check_checkpoint(folder)
-    except CheckpointError as damage:
+    if damage:
         raise CheckpointError(
             f"{model} is a half-download ({damage}), and {error} Once the hub answers, complete it with: {command}"
         ) from error
-    names = sorted(path.name for path in folder.iterdir() if fits(path.name, NEEDED))
-    files = tuple(FetchedFile(name, (folder / name).stat().st_size, True, "nothing") for name in names)
-    return FetchReport(model, client.name, "as cached", folder, files, time.perf_counter() - started)
+    return folder
 
 
-def _is_sound(path: Path, file: HubFile) -> bool:
-    """Whether a file is there and is what the hub lists; one that is not goes, so that it is fetched anew."""
+def _remove_damaged(path: Path, file: HubFile) -> str:
+    """Remove a file that differs from what the hub lists, and say how; "" where it does not."""
     if not path.is_file():
-        return False
-    if not _damage(path, file):
-        return True
-    _remove(path)
-    return False
-
-
-def _verify(path: Path, file: HubFile, model: str) -> None:
-    """Hold a new file against the listing, and remove it where it differs."""
-    if not path.is_file():
-        raise CheckpointError(f"the hub's client left no {file.name} of {model}. Fetch it again.")
-    if damage := _damage(path, file):
-        _remove(path)
-        raise CheckpointError(
-            f"{file.name} of {model} {damage}. It was removed. Fetch again; if that repeats, the hub or a proxy on the "
-            "way serves wrong data: use another endpoint."
-        )
-
-
-def _damage(path: Path, file: HubFile) -> str:
-    """How a file differs from what the hub lists; empty where it does not."""
+        return "did not come"
     size_bytes = path.stat().st_size
     if size_bytes != file.size_bytes:
-        return f"has {size_bytes} bytes, but the hub lists {file.size_bytes}"
-    if file.sha256 is not None:
-        with path.open("rb") as opened:
-            sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        if sha256 != file.sha256:
-            return f"has the sha256 {sha256[:16]}…, but the hub lists {file.sha256[:16]}…"
-    return ""
-
-
-def _remove(path: Path) -> None:
-    """Remove a file; in Hugging Face's cache, where it is a link, what it links to as well."""
-    if path.is_symlink() and path.resolve().parent.name == "blobs":
+        damage = f"has {size_bytes} bytes, but the hub lists {file.size_bytes}"
+    elif file.sha256 is not None and (sha256 := _sha256(path)) != file.sha256.lower():
+        damage = f"has the sha256 {sha256[:16]}…, but the hub lists {file.sha256[:16]}…"
+    else:
+        return ""
+    if path.is_symlink() and path.resolve().parent.name == "blobs":  # Hugging Face's cache
         path.resolve().unlink()
     path.unlink()
+    return f"{damage}; it was removed"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _refuse_full_disk(model: str, folder: Path, need_bytes: int) -> None:
@@ -342,33 +394,44 @@ def _refuse_full_disk(model: str, folder: Path, need_bytes: int) -> None:
         )
 
 
-def _claim(to: Path, model: str, hub: str, with_source: bool) -> None:
-    """Make a folder this model's, unless something else is in it."""
+@dataclass(frozen=True)
+class _Record:
+    """What stands in :data:`RECORD`."""
+
+    model: str
+    hub: str
+    with_source: bool
+    complete: bool
+
+
+def fetched_with(folder: Path) -> tuple[str, bool]:
+    """Return the command that fetched a folder ("" where none is recorded), and whether the fetch ended."""
+    record = _read_record(folder)
+    if record is None:
+        return "", True
+    return fetch_command(record.model, record.hub, folder, record.with_source), record.complete
+
+
+def _claim(to: Path, claim: _Record, wanted: Sequence[HubFile]) -> None:
+    """Make a folder this model's, unless something else or weights of another version are in it."""
     record = _read_record(to)
     if record is None and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(
             f"{to} is {'not empty and was not fetched by glmlab' if to.is_dir() else 'a file'}. Choose a new folder."
         )
-    if record and (record.model, record.hub) != (model, hub):
-        raise CheckpointError(f"{to} holds {record.model} from {record.hub}. Choose another folder for {model}.")
+    if record and (record.model, record.hub) != (claim.model, claim.hub):
+        raise CheckpointError(f"{to} holds {record.model} from {record.hub}. Choose another folder for {claim.model}.")
     try:
         to.mkdir(parents=True, exist_ok=True)
-        _write_record(to, _Record(model, hub, with_source, complete=False))
+        _write_record(to, claim)
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written ({error.strerror}). Choose another folder.") from error
-
-
-def _refuse_leftovers(to: Path, model: str, wanted: list[HubFile]) -> None:
-    """Refuse weights that the hub does not list any more: an old index would be read in place of the new weights."""
     listed = {file.name for file in wanted}
-    old = sorted(
-        path.name
-        for path in to.iterdir()
-        if path.name not in listed and fits(path.name, ("*.safetensors", "*.safetensors.index.json"))
-    )
-    if old:
-        raise CheckpointError(
-            f"{to} holds {old[0]}, which the hub does not list for {model} any more. Remove it, or choose a new folder."
+    weights = [*to.glob("*.safetensors"), *to.glob("*.safetensors.index.json")]
+    if old := sorted(path.name for path in weights if path.name not in listed):
+        raise CheckpointError(  # an old index would be read in place of the new weights
+            f"{to} holds {old[0]}, which the hub does not list for {claim.model} any more. Remove it, or choose a new "
+            "folder."
         )
 
 
@@ -379,7 +442,7 @@ def _read_record(folder: Path) -> _Record | None:
         return None
     try:
         record = _Record(**json.loads(path.read_text(encoding="utf-8")))
-        if not all(isinstance(value, str) for value in (record.model, record.hub)) or record.hub not in HUBS:
+        if not isinstance(record.model, str) or record.hub not in _HUBS:
             raise ValueError("unknown hub")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
@@ -389,4 +452,4 @@ def _read_record(folder: Path) -> _Record | None:
 
 
 def _write_record(folder: Path, record: _Record) -> None:
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")

@@ -1,8 +1,8 @@
 """``load_model``: a model, its tokenizer and a report of where its bytes are.
 
-Three steps, each of which can refuse before memory is spent: name -> checked folder (checkpoints.py), config -> the
-bytes that the asked precision needs (sizes.py), folder -> model through transformers' Auto classes. A checkpoint's own
-code is never run: ``trust_remote_code`` is always off.
+Name -> checked folder (checkpoints.py) -> config -> precision that fits (placement.py) -> model, through transformers'
+Auto classes. Each step can refuse before memory is spent. A checkpoint's own code is never run: ``trust_remote_code``
+is always off.
 """
 
 import copy
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Literal
@@ -18,24 +19,34 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
 from glmlab.core.units import MIB, format_bytes
 from glmlab.models.chatglm3 import MODEL_TYPE, ChatGLMTokenizer
-from glmlab.models.checkpoint_files import CheckpointError, has_tokenizer, read_config_json
-from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config
+from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config, has_tokenizer, read_config_json
 from glmlab.models.compiling import Compilation, CompiledForward
-from glmlab.models.placement import LoadError, choose_precision, dtype_beside, dtype_name, find_device
-from glmlab.models.sizes import FLOAT_PRECISIONS, PRECISIONS, measure_bytes, predict_bytes
+from glmlab.models.hub import CheckpointError
+from glmlab.models.placement import (
+    FLOAT_PRECISIONS,
+    build_random_float,
+    check_precision,
+    choose_precision,
+    cpu_threads,
+    dtype_beside,
+    dtype_name,
+    fill_random_quantised,
+    find_device,
+    measure_bytes,
+    predict_bytes,
+    quantised_skeleton,
+    quantization_config_of,
+)
 
 Weights = Literal["checkpoint", "random"]
 
 _LARGE_FROM_BYTES = 64 * MIB  # below, loading is instant, and one CPU thread is faster than several
-_ALL_THREADS = torch.get_num_threads()
-
-
 _MOST_LAYERS = 1000  # far above any published model; every layer takes time even without memory
 _DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _ATTENTIONS = (None, "eager", "sdpa")
@@ -75,11 +86,8 @@ class LoadReport:
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """(what, value, share) of every line of the table; the components first."""
-        rows = [
-            (component, format_bytes(n_bytes), f"{n_bytes / self.total_bytes:.1%}")
-            for component, n_bytes in self.bytes_by_component.items()
-        ]
-        rows.append(("total", format_bytes(self.total_bytes), f"{1:.1%}"))
+        components = [*self.bytes_by_component.items(), ("total", self.total_bytes)]
+        rows = [(what, format_bytes(n_bytes), f"{n_bytes / self.total_bytes:.1%}") for what, n_bytes in components]
         facts = {
             "parameters": f"{self.parameters:,}",
             "architecture": self.architecture,
@@ -96,18 +104,13 @@ class LoadReport:
 
     def __repr__(self) -> str:
         rows = self._rows()
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            f"{what:<{widths[0]}}  {value:>{widths[1]}}  {share:>{widths[2]}}".rstrip() for what, value, share in rows
-        ]
+        first, second, third = (max(len(row[column]) for row in rows) for column in range(3))
+        lines = [f"{what:<{first}}  {value:>{second}}  {share:>{third}}".rstrip() for what, value, share in rows]
         return "\n".join([self.name, *lines])
 
     def _repr_html_(self) -> str:
-        from html import escape
-
         body = "".join(
-            "<tr>"
-            + f'<th scope="row" style="text-align:left">{escape(what)}</th>'
+            f'<tr><th scope="row" style="text-align:left">{escape(what)}</th>'
             + "".join(f'<td style="text-align:right">{escape(cell)}</td>' for cell in (value, share))
             + "</tr>"
             for what, value, share in self._rows()
@@ -124,6 +127,9 @@ class LoadedModel:
     report: LoadReport
     compiled: CompiledForward | None = None
     """The forward pass of decode steps, with ``compile=True``."""
+    threads: int | None = None
+    """CPU threads of a decode step (:func:`~glmlab.models.placement.cpu_threads`): one for a small model, because
+    handing out small products costs more than it gains; None leaves the caller's setting."""
 
     def __repr__(self) -> str:
         return repr(self.report)
@@ -148,64 +154,41 @@ def load_model(
         precision: "fp32", "bf16", "fp16", "int8" or "int4" (bitsandbytes; int4 is nf4), or "auto": the checkpoint's own
             dtype on a GPU and fp32 on a CPU if that fits into free memory, else the next smaller one that does.
         device: "auto" (the first GPU, else the CPU), "cpu", "cuda", "cuda:1", …
-        weights: "checkpoint", or "random": built from the config alone, straight on the device in the asked precision.
-            Memory does not depend on the values, so this measures a model without downloading it.
+        weights: "checkpoint", or "random": built from the config alone, straight on the device. Memory does not depend
+            on the values, so this measures a model without downloading it.
         attention: "sdpa" or "eager"; without it, what the config says, else sdpa.
-        compile: let torch.compile make decode steps faster; ``decode_steps`` and ``ChatSession`` then keep keys and
-            values in a StaticCache. Costs up to a minute the first time, some seconds later on; the tokens are those of
-            eager mode. Where it cannot be done a CompileWarning says why, and so does the report.
-
-    Returns:
-        The model in eval mode, its tokenizer, and the report. On a CPU, PyTorch is set to one thread for a small model
-        and to all for a large one: handing out small products costs more than it gains. With random weights and no
-        tokenizer of the model on this machine, the embedded model's tokenizer stands in; the report says so.
+        compile: let torch.compile make decode steps faster, over a StaticCache and with the same tokens. Takes up to a
+            minute the first time. Where it cannot be done a CompileWarning says why, and so does the report.
 
     Raises:
-        LoadError: unknown precision, device or attention, no GPU, dimensions that int4 cannot take, too little free
-            memory, tensors of the checkpoint that are missing, unexpected or mis-shaped.
         CheckpointError: the checkpoint folder or hub id cannot be used.
-        ArchitectureError: another architecture under ChatGLM3's model type.
+        GlmlabError: unknown precision, device or attention, no GPU, dimensions that int4 cannot take, too little free
+            memory, tensors of the checkpoint that are missing, unexpected or mis-shaped.
 
     Example:
         >>> loaded = load_model("embedded", precision="fp32", device="cpu")
         >>> loaded.report.parameters == sum(p.numel() for p in loaded.model.parameters())
         True
     """
-    started = time.perf_counter()
-    name = str(name)  # a Path is as good
-    if weights not in ("checkpoint", "random"):
-        raise LoadError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
-    if precision not in (*PRECISIONS, "auto"):
-        raise LoadError(f"precision={precision!r} is not known. Use one of {', '.join(PRECISIONS)}, or auto.")
-    if attention not in _ATTENTIONS:
-        raise LoadError(f"attention={attention!r} is not known. Use 'sdpa' or 'eager'.")
+    started, name = time.perf_counter(), str(name)  # a Path is as good
+    _check_arguments(precision, weights, attention)
     target = find_device(device)
-    folder = find_checkpoint(name) if weights == "checkpoint" else None
-    config_file = folder / "config.json" if folder else find_config(name)
-    config = load_config(config_file)
-    if attention is not None:
-        config._attn_implementation = attention
+    folder, config = _find(name, weights)
+    config._attn_implementation = attention or config._attn_implementation
     skeleton = build_skeleton(config)
     precision = choose_precision(name, skeleton, precision, target)
     dtype = dtype_beside(config, precision, target)
-
-    n_bytes = sum(predict_bytes(skeleton, precision, dtype).values())
-    if target.type == "cpu":
-        torch.set_num_threads(1 if n_bytes < _LARGE_FROM_BYTES else _ALL_THREADS)
-    with _quiet_loading(n_bytes):
-        if folder:
-            model = _load_checkpoint(folder, config, precision, dtype, target)
-        else:
-            model = _build_random(config, precision, dtype, target)
-    tokenizer, tokenizer_origin = _load_tokenizer(name, folder or config_file.parent, config, weights)
-    _set_stop_tokens(model, tokenizer)
-    seconds = time.perf_counter() - started
-    compiled = CompiledForward(model) if compile else None
-    return LoadedModel(
-        model,
-        tokenizer,
-        LoadReport(
-            name=folder.name if folder and name != EMBEDDED and Path(name).exists() else name,
+    is_small = sum(predict_bytes(skeleton, precision, dtype).values()) < _LARGE_FROM_BYTES
+    threads = 1 if is_small and target.type == "cpu" else None
+    with _quiet_loading(without_bar=is_small), cpu_threads(threads):
+        build = _load_checkpoint if weights == "checkpoint" else _build_random
+        model = build(folder, config, precision, dtype, target)
+        tokenizer, origin = _load_tokenizer(name, folder, config, weights)
+        _set_stop_tokens(model, tokenizer)
+        seconds = time.perf_counter() - started
+        compiled = CompiledForward(model) if compile else None
+        report = LoadReport(
+            name=folder.name if weights == "checkpoint" and name != EMBEDDED and Path(name).exists() else name,
             architecture=type(model).__name__,
             weights=weights,
             precision=precision,
@@ -215,32 +198,57 @@ def load_model(
             parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
             bytes_by_component=measure_bytes(model),
             seconds=seconds,
-            tokenizer=tokenizer_origin,
-            versions={
-                library: importlib.metadata.version(library) for library in ("torch", "transformers", "bitsandbytes")
-            },
+            tokenizer=origin,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
             compilation=compiled.compilation if compiled else None,
-        ),
-        None if compiled is None or compiled.compilation.failure else compiled,
-    )
+        )
+    usable = None if compiled is None or compiled.compilation.failure else compiled
+    return LoadedModel(model, tokenizer, report, usable, threads)
 
 
-def load_config(config_file: Path | Mapping[str, Any]) -> Any:
+def _check_arguments(precision: str, weights: str, attention: str | None) -> None:
+    if weights not in ("checkpoint", "random"):
+        raise GlmlabError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
+    check_precision(precision, or_auto=True)
+    if attention not in _ATTENTIONS:
+        raise GlmlabError(f"attention={attention!r} is not known. Use 'sdpa' or 'eager'.")
+
+
+def _find(name: str, weights: Weights) -> tuple[Path, Any]:
+    """The model's folder and config; with random weights no checkpoint needs to be there."""
+    if weights == "checkpoint":
+        folder = find_checkpoint(name)
+        return folder, load_config(folder / "config.json")
+    config_file = find_config(name)
+    return config_file.parent, load_config(config_file)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+
+
+# ------------------------------------------------------------------------------------------- config and skeleton
+
+
+def load_config(source: Path | Mapping[str, Any]) -> Any:
     """Build transformers' config class from a config.json (a file or its fields), without code of the checkpoint.
 
     Raises:
         CheckpointError: not JSON, no ``model_type``, or one that transformers does not know; dimensions that no model
             has; a checkpoint that is quantised already, or asks for attention code that is not PyTorch's.
-        ArchitectureError: model_type chatglm with another architecture than ChatGLM2/3's.
+        GlmlabError: model_type chatglm with another architecture than ChatGLM2/3's.
 
     Example:
         >>> load_config(find_config("chatglm3-6b")).num_hidden_layers
         28
     """
-    if isinstance(config_file, Path):
-        name, fields = config_file.name, read_config_json(config_file)
+    if isinstance(source, Path):
+        name, fields = source.name, read_config_json(source)
     else:
-        name, fields = "config.json", copy.deepcopy(dict(config_file))  # transformers writes into nested fields
+        name, fields = "config.json", copy.deepcopy(dict(source))  # transformers writes into nested fields
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -255,25 +263,28 @@ def load_config(config_file: Path | Mapping[str, Any]) -> Any:
         )
     try:
         config = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _OVERRULED})
-    except GlmlabError:
-        raise
-    except Exception as error:  # a strict config class refuses a value with an error of its own
-        if isinstance(error.__cause__, GlmlabError):
-            raise error.__cause__ from None
+    except Exception as error:  # a strict config class wraps what its __post_init__ raises
+        if own := next((e for e in (error, error.__cause__) if isinstance(e, GlmlabError)), None):
+            raise own from None
         raise CheckpointError(f"{name} is not a usable {model_type} config: {error}") from error
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
             f"{name} describes a {model_type} model, which is not a causal language model. Use one that generates text."
         )
+    _refuse_dimensions(name, config)
+    return config
+
+
+def _refuse_dimensions(file_name: str, config: Any) -> None:
+    """Refuse sizes that no model has, before anything is built."""
     for dimension in _DIMENSIONS:
         number = getattr(config, dimension, None)
         most = _MOST_LAYERS if dimension == "num_hidden_layers" else None
         if isinstance(number, int) and (number < 1 or (most and number > most)):
             raise CheckpointError(
-                f"{name} says {dimension} = {number}, which no model has{f' (1 to {most})' if most else ''}. "
+                f"{file_name} says {dimension} = {number}, which no model has{f' (1 to {most})' if most else ''}. "
                 "Take config.json from the checkpoint's own repository."
             )
-    return config
 
 
 def _refuse_foreign_code(file_name: str, fields: Any) -> None:
@@ -310,20 +321,7 @@ def build_skeleton(config: Any) -> nn.Module:
     return model
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    threads = torch.get_num_threads()
-    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def quantization_config_of(precision: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return how bitsandbytes quantises for a precision; None for one that is a dtype."""
-    if precision == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if precision == "int4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return None
+# --------------------------------------------------------------------------------------------- weights, tokenizer
 
 
 def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -338,15 +336,15 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except torch.OutOfMemoryError as error:
+        raise GlmlabError(
+            f"{device} ran out of memory while loading {folder.name} in {precision}. Close other programs on it "
+            "or use a smaller precision."
+        ) from error
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise LoadError(
-                f"{device} ran out of memory while loading {folder.name} in {precision}. Close other programs on it "
-                "or use a smaller precision."
-            ) from error
-        raise LoadError(f"{folder} does not fit its own config.json: {_first_lines(error)}") from error
+        raise CheckpointError(f"{folder} does not fit its own config.json: {_first_lines(error)}") from error
     except Exception as error:  # a broken tensor file or generation_config.json fails in many ways
-        raise LoadError(
+        raise CheckpointError(
             f"{folder} cannot be loaded ({type(error).__name__}: {_first_lines(error)}). One of its files is damaged "
             "or hand-edited: fetch the weights, config.json and generation_config.json again."
         ) from error
@@ -359,7 +357,7 @@ def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dty
     ):
         if keys:
             named = sorted(map(str, keys))
-            raise LoadError(
+            raise CheckpointError(
                 f"{folder} {what} {', '.join(named[:3])}{f' and {len(named) - 3} more' if len(named) > 3 else ''}. "
                 "Weights and config.json belong to different models, or the download is damaged: fetch both again."
             )
@@ -378,112 +376,31 @@ def _mis_shaped(model: nn.Module) -> list[str]:
     return found
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
-
-
-def _build_random(config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _build_random(_: Path, config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Build from the config, straight on the device."""
     if precision in FLOAT_PRECISIONS:
         return build_random_float(config, dtype, device)
     return fill_random_quantised(quantised_skeleton(config, precision, dtype), config, dtype, device)
 
 
-def build_random_float(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a model with random weights in a float precision, every tensor made on the device.
-
-    Example:
-        >>> config = load_config(find_config("chatglm3-6b"))
-        >>> build_random_float(config, torch.float16, torch.device("meta")).lm_head.weight.dtype
-        torch.float16
-    """
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def quantised_skeleton(config: Any, precision: str, dtype: torch.dtype) -> Any:
-    """Return the model on the meta device, its linear layers but the head replaced by those of bitsandbytes.
-
-    Example:
-        >>> skeleton = quantised_skeleton(load_config(find_config("chatglm3-6b")), "int8", torch.float16)
-        >>> type(skeleton.model.layers[0].mlp.down_proj).__name__
-        'Linear8bitLt'
-    """
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    kept = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
-    replace_with_bnb_linear(
-        model, modules_to_not_convert=kept, quantization_config=quantization_config_of(precision, dtype)
-    )
-    return model
-
-
-def fill_random_quantised(model: Any, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Give a :func:`quantised_skeleton` random weights on the device, layer by layer: none but one is whole in fp16."""
-    import bitsandbytes
-
-    torch.manual_seed(0)
-    for module in list(model.modules()):
-        for key, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            values = torch.empty(parameter.shape, dtype=dtype, device=device)
-            _fill(values, config)
-            if isinstance(parameter, bitsandbytes.nn.Params4bit):
-                module._parameters[key] = bitsandbytes.nn.Params4bit(
-                    values, requires_grad=False, quant_type="nf4", compress_statistics=False, module=module
-                ).to(device)
-            elif isinstance(parameter, bitsandbytes.nn.Int8Params):
-                module._parameters[key] = quantised_int8(values)
-            else:
-                module._parameters[key] = nn.Parameter(values, requires_grad=False)
-    _rebuild_buffers(model, config, device)
-    model.tie_weights()
-    return model.eval()
-
-
-def quantised_int8(weight: torch.Tensor) -> Any:
-    """Quantise a weight where it lies; ``Int8Params.to`` would do so only on the way from the CPU to a GPU."""
-    import bitsandbytes
-
-    rows, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return bitsandbytes.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=scales)
-
-
-def _fill(values: torch.Tensor, config: Any) -> None:
-    """Norm weights and biases of one, matrices as transformers initialises them: values that generate without NaN."""
-    if values.ndim == 1:
-        values.fill_(1.0)
-    else:
-        values.normal_(0.0, config.initializer_range)
-
-
-def _rebuild_buffers(model: nn.Module, config: Any, device: torch.device) -> None:
-    """Rotary tables are computed, not loaded: build their modules anew on the device."""
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            with device:
-                model.set_submodule(name, type(module)(config=config))
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
 
 
 def _load_tokenizer(name: str, folder: Path, config: Any, weights: Weights) -> tuple[Any, str]:
-    if name == EMBEDDED:
-        return AutoTokenizer.from_pretrained(data_path("tiny-chatglm3"), trust_remote_code=False), "the model's own"
-    if weights == "checkpoint" or has_tokenizer(folder):
+    """The tokenizer, and whose it is."""
+    if name != EMBEDDED and (weights == "checkpoint" or has_tokenizer(folder)):
         try:
             return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False), "the model's own"
         except GlmlabError:
             raise
         except Exception as error:  # every tokenizer class has its own way to fail on a broken file
-            raise LoadError(
+            raise CheckpointError(
                 f"the tokenizer of {folder} cannot be read: {_first_lines(error)}. Copy the tokenizer files of the "
                 "same model into the folder."
             ) from error
     tokenizer = AutoTokenizer.from_pretrained(data_path("tiny-chatglm3"), trust_remote_code=False)
-    return tokenizer, "the embedded model's, standing in"
+    return tokenizer, "the model's own" if name == EMBEDDED else "the embedded model's, standing in"
 
 
 def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
@@ -495,18 +412,20 @@ def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _quiet_loading(n_bytes: int) -> Iterator[None]:
+def _quiet_loading(*, without_bar: bool) -> Iterator[None]:
     """Turn transformers' own reports off (load_model raises), and its bar too where loading is instant."""
     from transformers.utils import logging
 
-    getLogger("bitsandbytes").setLevel(ERROR)  # it logs an optional kernel package that is not installed
-    verbosity, had_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    bitsandbytes = getLogger("bitsandbytes")  # it logs an optional kernel package that is not installed
+    verbosity, had_bar, level = logging.get_verbosity(), logging.is_progress_bar_enabled(), bitsandbytes.level
+    bitsandbytes.setLevel(ERROR)
     logging.set_verbosity_error()
-    if n_bytes < _LARGE_FROM_BYTES:
+    if without_bar:
         logging.disable_progress_bar()
     try:
         yield
     finally:
+        bitsandbytes.setLevel(level)
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from glmlab.core.units import format_bytes
 from glmlab.models.loading import LoadedModel
-from glmlab.models.sizes import own_tensors, quantisation_state_of
+from glmlab.models.placement import own_tensors, quantisation_state_of
 from glmlab.structure.graph import StructureError
 
 _CONTEXT_TOKENS = 16  # cached before the traced step; the shapes do not depend on it

@@ -95,14 +95,13 @@ def examine_model(model: str, precision: str, tokens: int, device: str = "auto")
 
 def _checkpoint(model: str) -> Finding:
     """Whether the files are here, without asking a hub."""
-    from glmlab.models.checkpoint_files import CheckpointError
-    from glmlab.models.checkpoints import find_checkpoint
-    from glmlab.models.hub import fetch_command, is_hub_id, look_up
+    from glmlab.models.checkpoints import find_checkpoint, is_hub_id
+    from glmlab.models.hub import CheckpointError, fetch_command, find_cached
 
     if is_hub_id(model) and not Path(model).is_dir():
-        cached = look_up(model)
-        if cached is None or cached.missing:
-            found = "not on this machine" if cached is None else f"a half-download, without {cached.missing[0]}"
+        folder, missing = find_cached(model)
+        if folder is None or missing:
+            found = "not on this machine" if folder is None else f"a half-download, without {missing[0]}"
             return Finding("checkpoint", found, False, f"Fetch it: {fetch_command(model)}")
         return Finding("checkpoint", "on this machine")
     try:

@@ -19,20 +19,18 @@ from transformers.modeling_utils import LoadStateDictConfig, get_total_byte_coun
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from glmlab.core.resources import environment_variable
-from glmlab.models.loading import (
+from glmlab.models.placement import (
+    BLOCK_4BIT,
+    FLOAT_PRECISIONS,
     build_random_float,
+    component_of,
+    dtype_beside,
     fill_random_quantised,
+    own_tensors,
+    quantisation_state_of,
     quantised_int8,
     quantised_skeleton,
     quantization_config_of,
-)
-from glmlab.models.placement import dtype_beside
-from glmlab.models.sizes import (
-    BLOCK_4BIT,
-    FLOAT_PRECISIONS,
-    component_of,
-    own_tensors,
-    quantisation_state_of,
     quantized_linears,
 )
 from glmlab.tracing.recorder import META, AllocationRecorder

@@ -82,7 +82,7 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
             too short to trace, or an unknown effect.
 
     Example:
-        >>> from glmlab.models.checkpoint_files import read_config_json
+        >>> from glmlab.models.checkpoints import read_config_json
         >>> from glmlab.models.checkpoints import find_config
         >>> config = read_config_json(find_config("chatglm3-6b"))
         >>> trace(TraceSettings(config, "ChatGLM3-6B")).facts.kv_bytes_per_token

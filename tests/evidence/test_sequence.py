@@ -11,7 +11,7 @@ from glmlab.core.resources import data_path
 from glmlab.evidence.sequence import SequenceError, compare_sequence, traced_rows
 from glmlab.forecast.forecast import Forecast
 from glmlab.models.loading import build_skeleton, load_config
-from glmlab.models.sizes import FLOAT_PRECISIONS, predict_bytes
+from glmlab.models.placement import FLOAT_PRECISIONS, predict_bytes
 from glmlab.snapshots.replay import Snapshot, read_snapshot, replay_snapshot
 from glmlab.snapshots.stripping import save_stripped, strip
 from glmlab.tracing.trace import AllocationTrace, Turn

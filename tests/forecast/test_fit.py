@@ -7,6 +7,7 @@ from fake_gpu import GPU_UUIDS, FakeCuda
 from typer.testing import CliRunner
 
 from glmlab.cli import app
+from glmlab.core.errors import GlmlabError
 from glmlab.core.units import GIB, MIB
 from glmlab.forecast import fit
 from glmlab.forecast.fit import will_it_fit
@@ -14,8 +15,7 @@ from glmlab.forecast.forecast import Forecast
 from glmlab.models import placement
 from glmlab.models.checkpoints import find_config
 from glmlab.models.loading import build_skeleton, load_config
-from glmlab.models.placement import LoadError
-from glmlab.models.sizes import predict_bytes
+from glmlab.models.placement import predict_bytes
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
-            ({"precision": "int2"}, LoadError, "precision='int2' is not known"),
-            ({"device": "tpu"}, LoadError, "device='tpu' is not known"),
+            ({"precision": "int2"}, GlmlabError, "precision='int2' is not known"),
+            ({"device": "tpu"}, GlmlabError, "device='tpu' is not known"),
         ],
     )
     def test_bad_questions(self, arguments, error, message):

@@ -17,7 +17,7 @@ from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, read_curve
 from glmlab.core.units import MIB
 from glmlab.forecast.forecast import OLD_COLUMNS, Forecast
 from glmlab.forecast.workload import CHOICES, ForecastError, Workload, parse_turns
-from glmlab.models.sizes import PRECISIONS
+from glmlab.models.placement import PRECISIONS
 from glmlab.tracing import trace as trace_module
 from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, TraceError, TraceFacts
 

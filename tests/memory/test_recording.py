@@ -37,8 +37,7 @@ from glmlab.memory.recording import (
     load_conversation,
     record,
 )
-from glmlab.models.checkpoint_files import read_config_json
-from glmlab.models.checkpoints import find_config
+from glmlab.models.checkpoints import find_config, read_config_json
 from glmlab.models.loading import LoadedModel, load_model
 from glmlab.tracing import tracer as tracing
 from glmlab.tracing.tracer import trace

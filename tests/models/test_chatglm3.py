@@ -12,10 +12,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
 from glmlab.models.chatglm3 import (
     SPECIAL_TOKENS,
-    ArchitectureError,
     ChatGLM3Config,
     ChatGLM3ForCausalLM,
     ChatGLM3RMSNorm,
@@ -145,14 +145,14 @@ class TestConfig:
     def test_another_architecture_is_refused(self, tmp_path, field, value):
         file = tmp_path / "config.json"
         file.write_text(json.dumps(self.published(**{field: value})))
-        with pytest.raises(ArchitectureError, match=f"config.json says {field} = {value!r}, but ChatGLM3's"):
+        with pytest.raises(GlmlabError, match=f"config.json says {field} = {value!r}, but ChatGLM3's"):
             load_config(file)
 
     def test_the_first_chatglm_is_refused(self, tmp_path):
         file = tmp_path / "config.json"
         first = {"model_type": "chatglm", "hidden_size": 4096, "inner_hidden_size": 16384, "num_layers": 28}
         file.write_text(json.dumps({**first, "position_encoding_2d": True, "vocab_size": 130528}))
-        with pytest.raises(ArchitectureError, match="this is the first ChatGLM-6B"):
+        with pytest.raises(GlmlabError, match="this is the first ChatGLM-6B"):
             load_config(file)
 
     def test_a_half_config_is_refused(self, tmp_path):
@@ -160,7 +160,7 @@ class TestConfig:
         del fields["kv_channels"]
         file = tmp_path / "config.json"
         file.write_text(json.dumps(fields))
-        with pytest.raises(ArchitectureError, match="but not kv_channels: a ChatGLM2/3 config states all of them"):
+        with pytest.raises(GlmlabError, match="but not kv_channels: a ChatGLM2/3 config states all of them"):
             load_config(file)
 
 

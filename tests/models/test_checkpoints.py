@@ -4,11 +4,17 @@ import json
 import struct
 
 import pytest
+from glmlab.models.shards import reshard
 
 from glmlab.core.units import MIB
-from glmlab.models.checkpoint_files import CheckpointError, check_checkpoint, read_safetensors_header
-from glmlab.models.checkpoints import find_checkpoint, find_config, known_configs
-from glmlab.models.shards import reshard
+from glmlab.models.checkpoints import (
+    CheckpointError,
+    check_checkpoint,
+    find_checkpoint,
+    find_config,
+    known_configs,
+    read_safetensors_header,
+)
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1018370\n"
 

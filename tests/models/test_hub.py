@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from glmlab.models.shards import reshard
 from hub_server import COMMIT, MODEL, serve
 from safetensors.torch import load_file, save_file
 
 from glmlab import load_model
 from glmlab.core.units import MIB
-from glmlab.models.checkpoint_files import CheckpointError
-from glmlab.models.checkpoints import find_checkpoint, find_config
+from glmlab.models.checkpoints import CheckpointError, find_checkpoint, find_config
 from glmlab.models.hub import RECORD, FetchReport, fetch
-from glmlab.models.shards import reshard
 from glmlab.structure.source import source_class_graph
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from glmlab import load_model
-from glmlab.models.checkpoint_files import read_config_json
-from glmlab.models.checkpoints import find_config
+from glmlab.models.checkpoints import find_config, read_config_json
 from glmlab.models.kv_cache import cache_dtype_bytes, kv_cache_bytes
 from glmlab.models.loading import load_config
 

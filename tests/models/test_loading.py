@@ -11,11 +11,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from glmlab import load_model
 from glmlab.core.units import GIB
 from glmlab.models import placement
-from glmlab.models.checkpoint_files import CheckpointError
-from glmlab.models.checkpoints import find_config
+from glmlab.models.checkpoints import CheckpointError, find_config
 from glmlab.models.loading import LoadReport, build_skeleton, load_config
-from glmlab.models.placement import LoadError
-from glmlab.models.sizes import COMPONENTS, FLOAT_PRECISIONS, PRECISIONS, component_of, measure_bytes, predict_bytes
+from glmlab.models.placement import (
+    COMPONENTS,
+    FLOAT_PRECISIONS,
+    PRECISIONS,
+    GlmlabError,
+    component_of,
+    measure_bytes,
+    predict_bytes,
+)
 
 
 def _rewrite(folder, change) -> None:
@@ -140,7 +146,7 @@ def test_random_weights_of_a_model_without_tokenizer_borrow_the_embedded_one(tmp
 
 
 class TestBadInput:
-    def refuse(self, message, name="embedded", error=LoadError, **arguments):
+    def refuse(self, message, name="embedded", error=GlmlabError, **arguments):
         with pytest.raises(error, match=message):
             load_model(name, **{"device": "cpu", **arguments})
 
@@ -309,5 +315,5 @@ def test_attention_is_chosen_when_loading() -> None:
         for attention in ("eager", "sdpa"):
             loaded = load_model(precision="fp32", device="cpu", weights=weights, attention=attention)  # type: ignore[arg-type]
             assert loaded.report.attention == loaded.model.config._attn_implementation == attention
-    with pytest.raises(LoadError, match=r"attention='flash' is not known\. Use 'sdpa' or 'eager'"):
+    with pytest.raises(GlmlabError, match=r"attention='flash' is not known\. Use 'sdpa' or 'eager'"):
         load_model(attention="flash")

@@ -19,8 +19,7 @@ from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.forecast import Forecast
 from glmlab.forecast.workload import ForecastError
-from glmlab.models.checkpoint_files import read_config_json
-from glmlab.models.checkpoints import find_config
+from glmlab.models.checkpoints import find_config, read_config_json
 from glmlab.tracing import tracer as tracing
 from glmlab.tracing.cuda_rules import (
     CUBLAS_WORKSPACE_BYTES,
