@@ -3,10 +3,12 @@
 Heavy packages are imported inside the commands, so that ``glmlab --help`` answers at once.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -369,6 +371,18 @@ def _load(model: str, precision: str, device: str, weights: str) -> "LoadedModel
     return loaded
 
 
+def _check_endpoint() -> None:
+    """Refuse an HF_ENDPOINT with which huggingface_hub, and so transformers, cannot even be imported."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        _ = urlsplit(endpoint).port
+    except ValueError as error:
+        raise GlmlabError(
+            f"HF_ENDPOINT is {endpoint!r}, which is no address ({error}). Set one such as https://huggingface.co, or "
+            "unset it."
+        ) from error
+
+
 def main() -> None:
     """Run the command line; an error that the user can mend is one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):  # a Windows console is not UTF-8 unless told
@@ -376,6 +390,7 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     warnings.formatwarning = _format_warning
     try:
+        _check_endpoint()
         app(standalone_mode=True)
     except GlmlabError as error:
         typer.echo(f"glmlab: {error}", err=True)

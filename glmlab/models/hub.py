@@ -220,7 +220,7 @@ def _explained(client: _HuggingFace | _ModelScope, model: str) -> Iterator[None]
             ) from error
         if "Consistency check failed" in text:
             raise CheckpointError(f"a file of {model} did not arrive whole ({text}). Fetch it again.") from error
-        cause = error.__cause__ or error
+        cause = (error.__cause__ or error) if client.name == "huggingface" else error
         raise _UnreachableError(
             f"the hub cannot be reached ({type(cause).__name__}: {_printable(cause)}). Check the network and "
             f"{client.settings}, or give a local folder."
@@ -228,8 +228,8 @@ def _explained(client: _HuggingFace | _ModelScope, model: str) -> Iterator[None]
 
 
 def _printable(error: BaseException) -> str:
-    """The first two lines of an error; what a hub says could steer the terminal."""
-    text = " ".join(line.strip() for line in str(error).splitlines()[:2])[:200] or "no message"
+    """The beginning of an error; what a hub says could steer the terminal."""
+    text = " ".join(str(error).split())[:200] or "no message"
     return "".join(character if character.isprintable() else "?" for character in text)
 
 

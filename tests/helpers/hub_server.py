@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
+
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 
 MODEL = "somebody/tiny-chatglm3"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -45,9 +49,6 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
 
-    def hold(self, folder: Path) -> None:
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
     def asked_for(self, file: str) -> list[Request]:
         return [request for request in self.requests if request.file == file and request.method == "GET"]
 
@@ -60,6 +61,12 @@ class Hub:
                 entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 134}
             entries[name] = entry
         return list({**entries, **self.listed}.values())
+
+
+def cut_into_shards(source: Path, target: Path) -> None:
+    """Copy a checkpoint, its weights in two files with an index, as hubs publish large models."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("model.safetensors", "recipe"), dirs_exist_ok=True)
+    save_torch_state_dict(load_file(source / "model.safetensors"), target, max_shard_size=3_000_000)
 
 
 @contextmanager
@@ -103,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"id": MODEL, "sha": COMMIT, "siblings": []})
         elif url.path == f"/api/models/{MODEL}/tree/{COMMIT}":
             self._json(self.hub.listing()) if is_allowed else self._error(403, "GatedRepo")
-        elif (match := re.fullmatch(f"/{MODEL}/resolve/{COMMIT}/(.+)", url.path)) and is_allowed:
+        elif (match := re.fullmatch(f"/{MODEL}/resolve/(?:{COMMIT}|main)/(.+)", url.path)) and is_allowed:
             self._file(match[1])
         elif url.path == f"/api/v1/models/{MODEL}/repo/files":
             self._json({"Code": 200, "Success": True, "Data": {"Files": [_modelscope(e) for e in self.hub.listing()]}})
