@@ -1,8 +1,7 @@
-"""Times of tokens on a GPU, kept: what each length costs, the floor under it, and what asking for the memory costs.
+"""Times of tokens on a GPU: what each length costs, the floor under it, and what asking for the memory costs.
 
-Two files of one stem beside the recordings, which they are not: ``latency-NAME.csv`` has one row a length,
-``latency-NAME.json`` kind, label and provenance as a recording's, with the rates that the floor comes from and what
-gpustat itself costs. Columns of the table:
+Two files of one stem, which lie beside the recordings: ``latency-NAME.csv`` has one row a length; ``latency-NAME.json``
+has kind, label and provenance as a recording's, with the rates behind the floor and what gpustat itself costs. Columns:
 
     ==========================================  ======================================================================
     context_tokens                              length: cached before a decode step, or of a prompt for its first token
@@ -28,7 +27,7 @@ from pandas.api.types import is_numeric_dtype
 
 from glmlab.core.curve import curve_json, read_curve_json
 from glmlab.core.files import write_atomically
-from glmlab.evidence.plan import LATENCY_PREFIX, EvidenceError, recordings
+from glmlab.evidence.plan import LATENCY_PREFIX, EvidenceError
 from glmlab.latency.measure import measure_decode, measure_first_token
 from glmlab.latency.polling import measure_polling
 from glmlab.latency.roofline import measure_rates, roofline
@@ -61,8 +60,8 @@ def time_tokens(loaded: LoadedModel, lengths: Sequence[int], path: Path, notes: 
     Args:
         loaded: from ``load_model``, compiled or not.
         lengths: tokens before a decode step, and of the prompts.
-        path: the .csv; the .json lies beside it, and is written first.
-        notes: what the provenance shall say beside what it says of itself.
+        path: the .csv; the .json beside it is written first.
+        notes: further provenance.
 
     Raises:
         EvidenceError: the model was to be compiled and is not, or no longer.
@@ -118,7 +117,7 @@ def read_timed_tokens(path: Path) -> TimedTokens:
     """Read what :func:`time_tokens` wrote, from its .csv.
 
     Raises:
-        CurveError: the .json beside it is missing or is none.
+        CurveError: the .json beside it is missing or something else.
         EvidenceError: the .csv is missing, lacks a column or has no numbers in one; the .json lacks gpustat's cost.
     """
     header = read_curve_json(path.with_suffix(".json"))
@@ -126,10 +125,11 @@ def read_timed_tokens(path: Path) -> TimedTokens:
         table = pd.read_csv(path)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise EvidenceError(f"{path} is no table of timed tokens ({error}). Time them again.") from error
-    if missing := [name for name in COLUMNS if name not in table]:
-        raise EvidenceError(f"{path} lacks the column {missing[0]!r}. Time the tokens again.")
-    if odd := [name for name in COLUMNS if not is_numeric_dtype(table[name]) or not np.isfinite(table[name]).all()]:
-        raise EvidenceError(f"{path}: the column {odd[0]!r} holds something else than numbers. Time the tokens again.")
+    for name in COLUMNS:
+        if name not in table:
+            raise EvidenceError(f"{path} lacks the column {name!r}. Time the tokens again.")
+        if not is_numeric_dtype(table[name]) or not np.isfinite(table[name]).all():
+            raise EvidenceError(f"{path}: the column {name!r} is not all numbers. Time the tokens again.")
     polling = header["provenance"].get("polling")
     if not isinstance(polling, list) or not all(isinstance(way, dict) for way in polling):
         raise EvidenceError(f"{path.with_suffix('.json')} lacks what gpustat costs ('polling'). Time the tokens again.")
@@ -137,11 +137,11 @@ def read_timed_tokens(path: Path) -> TimedTokens:
 
 
 def timed_tokens(data: Path) -> list[TimedTokens]:
-    """Everything that was timed on GPUs and is kept in ``data/recordings``; nothing where nobody has yet.
+    """Everything that was timed on GPUs and is kept in ``data/recordings``.
 
     Example:
         >>> from tempfile import gettempdir
         >>> timed_tokens(Path(gettempdir()) / "no such folder")
         []
     """
-    return [read_timed_tokens(path) for path in sorted(recordings(data).glob(f"{LATENCY_PREFIX}*.csv"))]
+    return [read_timed_tokens(path) for path in sorted((data / "recordings").glob(f"{LATENCY_PREFIX}*.csv"))]

@@ -1,7 +1,7 @@
 """Which runs are evidence: models, precisions, attention and caches, each a recording, a snapshot or times of tokens.
 
-Everything runs with random weights: memory does not depend on the values, and nothing is downloaded. The runs stand in
-order of worth, since a time budget may end before they do.
+Everything runs with random weights: memory does not depend on the values, and nothing is downloaded. The runs are
+ordered by worth, since a time budget may end before they do.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,26 @@ from glmlab.tracing.trace import Turn
 
 Kind = Literal["recording", "snapshot", "latency"]
 
+SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "recording": (*SIDE_FILES, ".csv"),
+    "snapshot": (".json.gz",),
+    "latency": (".json", ".csv"),
+}
+"""Endings of a result's files; a run is finished when the last one is there."""
+
+LATENCY_PREFIX = "latency-"
+"""How the names of timed tokens begin; they lie among the recordings and are not curves."""
+
 SNAPSHOT_TURN = Turn(DEFAULT_PROMPT, 21)
 """What a snapshot's history holds after loading: a prefill, which gives the first token, and 20 decode steps."""
 
 CONVERSATION = "long"
 """The conversation that a recording follows."""
 
-TURNS = 9
-"""Turns of it that a run takes: some 3,700 tokens, far beyond the 2,048 where ChatGLM3's keys and values change their
-pool, and within the 4,096 that Llama 2 is made for."""
-
 ALL_TURNS = 15
+TURNS = 9
+"""Turns of it that most runs take: some 3,700 tokens, far beyond the 2,048 where ChatGLM3's keys and values change
+their pool, and within the 4,096 that Llama 2 is made for."""
 
 STATIC_TOKENS = 4096
 """Length of a static cache; a run's turns must fit into it."""
@@ -37,12 +46,12 @@ LATENCY_TOKENS = (128, 512, 2048, 4096, 8000)
 
 
 class EvidenceError(GlmlabError):
-    """Evidence cannot be gathered or is not what it says; names the run and what to do."""
+    """Evidence cannot be gathered or read: names the run or file and what to do."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run in one fresh process: a chat that is recorded at every token, a snapshot of a short one, or timed tokens.
+    """One run in one fresh process: a chat recorded at every token, a snapshot of a short one, or timed tokens.
 
     Example:
         >>> Run("snapshot", "chatglm3-6b", "int4").name
@@ -54,12 +63,9 @@ class Run:
     precision: str
     attention: str = "sdpa"
     cache: str = "dynamic"
-    turns: int = TURNS
-    """Of a recording."""
-    compile: bool = False
-    """Whether timed tokens come from a compiled model; its cache is static and grows."""
-    lengths: tuple[int, ...] = LATENCY_TOKENS
-    """At which tokens are timed."""
+    turns: int = TURNS  # of a recording
+    compile: bool = False  # whether timed tokens come from a compiled model; its cache is static and grows
+    lengths: tuple[int, ...] = LATENCY_TOKENS  # at which tokens are timed
 
     @property
     def setting(self) -> str:
@@ -71,44 +77,25 @@ class Run:
         """Name by which the run is chosen."""
         return f"{self.kind}-{self.setting}"
 
+    @property
+    def static_tokens(self) -> int | None:
+        """Length of the static cache; None for a dynamic one."""
+        return STATIC_TOKENS if self.cache == "static" else None
+
     def __str__(self) -> str:
+        prompt, generated = SNAPSHOT_TURN
         what = {
             "recording": f"{CONVERSATION} conversation, {self.turns} turns, memory at every token",
-            "snapshot": f"history of loading, a prefill of {SNAPSHOT_TURN.prompt} tokens and "
-            f"{SNAPSHOT_TURN.generated - 1} decode steps",
+            "snapshot": f"history of loading, a prefill of {prompt} tokens and {generated - 1} decode steps",
             "latency": f"time of a token and of a first token at {', '.join(map(str, self.lengths))} tokens",
         }
         return f"{self.name}: {what[self.kind]}"
 
-    @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Endings of the result's files; the one whose file tells of a finished run comes last."""
-        files: dict[Kind, tuple[str, ...]] = {
-            "recording": (*SIDE_FILES, ".csv"),
-            "snapshot": (".json.gz",),
-            "latency": (".json", ".csv"),
-        }
-        return files[self.kind]
-
     def file(self, data: Path, gpu: str) -> Path:
-        """Where the run's result lies once it is finished, the file that tells so."""
-        folder = snapshots(data) if self.kind == "snapshot" else recordings(data)
-        before = LATENCY_PREFIX if self.kind == "latency" else ""
-        return folder / f"{before}{gpu}-{self.setting}{self.suffixes[-1]}"
-
-
-LATENCY_PREFIX = "latency-"
-"""How the names of timed tokens begin, which lie among the recordings and are no curves."""
-
-
-def recordings(data: Path) -> Path:
-    """Folder of the recordings."""
-    return data / "recordings"
-
-
-def snapshots(data: Path) -> Path:
-    """Folder of the stripped snapshots."""
-    return data / "snapshots"
+        """The last file of the run's result."""
+        folder = data / ("snapshots" if self.kind == "snapshot" else "recordings")
+        prefix = LATENCY_PREFIX if self.kind == "latency" else ""
+        return folder / f"{prefix}{gpu}-{self.setting}{SUFFIXES[self.kind][-1]}"
 
 
 def _both(model: str, precision: str, attention: str = "sdpa", turns: int = TURNS) -> tuple[Run, Run]:
@@ -130,8 +117,8 @@ PLAN: tuple[Run, ...] = (
     *_both("qwen2.5-7b", "fp16"),
     *_both("llama-2-7b", "fp16"),
     *_both("glm-4-9b-chat-hf", "fp16"),
-    Run("snapshot", "chatglm3-6b", "fp16", "sdpa", "static"),
-    Run("recording", "chatglm3-6b", "fp16", "sdpa", "static"),
+    Run("snapshot", "chatglm3-6b", "fp16", cache="static"),
+    Run("recording", "chatglm3-6b", "fp16", cache="static"),
     *_latency("int4"),
     Run("snapshot", "chatglm3-6b", "fp16", "eager", "static"),
     *_both("chatglm3-6b", "int8"),
@@ -142,7 +129,7 @@ PLAN: tuple[Run, ...] = (
 
 
 def choose(names: Sequence[str], plan: Sequence[Run] = PLAN) -> list[Run]:
-    """Runs whose name has one of ``names`` in it, or matches it where it has ``*`` or ``?``; all without names.
+    """Runs whose name contains one of ``names``, or matches it where it has ``*`` or ``?``; all without names.
 
     Raises:
         EvidenceError: a name that fits no run.
@@ -151,11 +138,8 @@ def choose(names: Sequence[str], plan: Sequence[Run] = PLAN) -> list[Run]:
         >>> [run.name for run in choose(["snapshot-*static"])][:1]
         ['snapshot-chatglm3-6b-fp16-sdpa-static']
     """
-    for name in names:
-        if not name or not any(_fits(run, name) for run in plan):
+    patterns = [name if set(name) & set("*?") else f"*{name}*" for name in names]
+    for name, pattern in zip(names, patterns, strict=True):
+        if not name or not any(fnmatchcase(run.name, pattern) for run in plan):
             raise EvidenceError(f"no run has {name!r} in its name; 'glmlab evidence --list' shows them all.")
-    return [run for run in plan if not names or any(_fits(run, name) for name in names)]
-
-
-def _fits(run: Run, name: str) -> bool:
-    return fnmatchcase(run.name, name) if set(name) & set("*?") else name in run.name
+    return [run for run in plan if not names or any(fnmatchcase(run.name, pattern) for pattern in patterns)]

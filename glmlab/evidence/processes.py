@@ -1,8 +1,8 @@
 """A child process that does not outlive the one that started it, however that one ends.
 
-Where a signal asks the parent to end (Ctrl-C, SIGTERM), it kills the whole group of the child first. SIGKILL leaves the
-parent no moment to act, so the child itself looks whether its parent is still there. Both need POSIX; elsewhere the
-child alone is killed, and only where the parent can still act.
+When Ctrl-C or SIGTERM asks the parent to end, it kills the child's whole process group first. After SIGKILL the parent
+cannot act, so the child itself checks whether its parent is still there. Both need POSIX; elsewhere only the child is
+killed, and only where the parent can still act.
 """
 
 import os
@@ -16,14 +16,14 @@ from types import FrameType
 
 IS_POSIX = os.name == "posix"
 WATCH_S = 0.5
-"""How often a child looks for its parent."""
+"""Seconds between a child's looks for its parent."""
 
 
 def run_child(command: Sequence[str]) -> int:
-    """Run a command in a group of its own and wait; return its exit status, negative where a signal ended it.
+    """Run a command in its own process group and wait; return its exit status, negative where a signal ended it.
 
-    Whatever ends this function early (KeyboardInterrupt, SIGTERM, which becomes SystemExit) kills the group first. Call
-    it in the main thread, the only one that may handle signals.
+    Whatever ends this function early (KeyboardInterrupt; SIGTERM, which becomes SystemExit) kills the group first. Call
+    it in the main thread: no other may handle signals.
 
     Example:
         >>> import sys
@@ -41,7 +41,7 @@ def run_child(command: Sequence[str]) -> int:
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """While within, SIGTERM raises SystemExit with the status by which a shell tells that signal."""
+    """SIGTERM raises SystemExit with the status that a shell gives for that signal."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -54,10 +54,10 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def end_with(parent: int) -> None:
-    """End this process, and the group that it leads, soon after the process that started it; a thread watches.
+    """End this process, and the group that it leads, soon after its parent ended; a thread watches.
 
     Args:
-        parent: number of that process, as it knows itself: asked here, it could be gone already.
+        parent: the parent's process id as it knows itself: asked here, it could be gone already.
     """
     if IS_POSIX:
         threading.Thread(target=_watch, args=(parent,), daemon=True, name="end with parent").start()
@@ -66,6 +66,6 @@ def end_with(parent: int) -> None:
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(WATCH_S)
-    if os.getpgrp() == os.getpid():  # of run_child's making
+    if os.getpgrp() == os.getpid():  # run_child made the group
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
 """Runs the plan: one fresh process a run, finished results kept, nothing of an interrupted run left behind.
 
-What is finished is told by what is on disk: a result lands in ``data`` only when its run has ended well. An interrupted
-run starts anew, since a chat that goes on after a break has another memory than one without. A run ends with the
-process that started it (``processes.py``).
+A result lands in ``data`` only when its run has ended well, so the files there say what is finished. An interrupted run
+starts anew: a chat that goes on after a break has another memory than one without. A run ends with the process that
+started it (``processes.py``).
 """
 
 import json
@@ -17,13 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from glmlab.evidence.plan import EvidenceError, Run
+from glmlab.evidence.plan import SUFFIXES, EvidenceError, Run
 from glmlab.evidence.processes import run_child
 
 CHILD = (sys.executable, "-m", "glmlab.evidence.child")
 """Command of a run's process; its argument follows."""
-
-Status = Literal["finished", "was there", "failed", "left"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Outcome:
     """What became of one run."""
 
     run: Run
-    status: Status
+    status: Literal["finished", "was there", "failed", "left"]
     seconds: float = 0.0
     file: Path | None = None
 
@@ -41,7 +39,7 @@ class Outcome:
 
 
 def gpu_of_this_machine(child: Sequence[str] = CHILD) -> str:
-    """Short name of the GPU that the runs take; a process of its own asks, so that this one takes no GPU memory.
+    """Short name of the GPU that the runs take; another process asks, so that this one takes no GPU memory.
 
     Raises:
         EvidenceError: PyTorch sees no GPU.
@@ -59,7 +57,7 @@ def gpu_of_this_machine(child: Sequence[str] = CHILD) -> str:
 
 
 def short_name(gpu: str) -> str:
-    """A GPU's name as a file's name begins.
+    """How the names of a GPU's files begin.
 
     Example:
         >>> short_name("NVIDIA GeForce RTX 4060 Laptop GPU"), short_name("NVIDIA H100 80GB HBM3")
@@ -86,20 +84,20 @@ def gather(
         data: the folder that keeps recordings, snapshots and times.
         work: a folder for what is under way.
         gpu: short name of the GPU, part of every result's name.
-        budget_s: no run starts later than so many seconds from now; one that runs is not cut.
+        budget_s: no run starts later than so many seconds from now; a run under way is not cut.
         device: where the models go.
         child: command of a run's process.
 
     Raises:
-        EvidenceError: a budget below 0 or that is no number, or a folder that cannot be made.
+        EvidenceError: a budget below 0 or that is not a number, or a folder that cannot be made.
     """
     if not budget_s >= 0:
-        raise EvidenceError(f"a budget of {budget_s / 60:g} minutes is none. Give --minutes 0 or more.")
+        raise EvidenceError(f"a budget of {budget_s / 60:g} minutes is not possible. Give --minutes 0 or more.")
     for folder in (data, work):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise EvidenceError(f"{folder} cannot be made a folder ({error.strerror}). Choose another.") from error
+            raise EvidenceError(f"the folder {folder} cannot be made ({error.strerror}). Choose another.") from error
     deadline = time.monotonic() + budget_s
     for run in runs:
         file = run.file(data, gpu)
@@ -121,8 +119,8 @@ def _do(run: Run, file: Path, folder: Path, device: str, child: Sequence[str]) -
     if status != 0:
         return Outcome(run, "failed", seconds)
     file.parent.mkdir(parents=True, exist_ok=True)
-    stem = file.name.removesuffix(run.suffixes[-1])
-    for suffix in run.suffixes:
-        shutil.move(folder / f"result{suffix}", file.parent / (stem + suffix))
+    suffixes = SUFFIXES[run.kind]
+    for suffix in suffixes:
+        shutil.move(folder / f"result{suffix}", str(file).removesuffix(suffixes[-1]) + suffix)
     shutil.rmtree(folder)
     return Outcome(run, "finished", seconds, file)

@@ -1,27 +1,29 @@
-"""The evidence runs on the CPU with the embedded model: plan, fresh processes, kills, budget, what lands and what not.
+"""The evidence runs on the CPU with the embedded model: plan, results, kills, budget, what lands and what not.
 
-The driver is the stand-in of ``fake_gpu.py``; the memory history is made up (``child_without_gpu.py``).
+The driver is the stand-in of ``fake_gpu.py``; the memory history is made up.
 """
 
 import gzip
 import json
 import os
 import platform
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from child_without_gpu import pretend_gpu
-from fake_gpu import build_library, install_driver
+import torch
+from fake_gpu import GPU_UUIDS, FakeCuda, build_library, install_driver
+from recorded_device import RecordedDevice
 from typer.testing import CliRunner
 
 from glmlab.cli import app
 from glmlab.core.curve import read_curve
+from glmlab.evidence import child
 from glmlab.evidence.child import main, perform
-from glmlab.evidence.latency import timed_tokens
+from glmlab.evidence.latency import read_timed_tokens
 from glmlab.evidence.plan import (
     ALL_TURNS,
     LATENCY_TOKENS,
@@ -40,7 +42,6 @@ from glmlab.latency.polling import API, NVML, SUBPROCESS
 from glmlab.memory.recording import load_conversation
 from glmlab.snapshots.replay import read_snapshot
 
-REAL_CHILD = (sys.executable, str(Path(__file__).parents[1] / "helpers" / "child_without_gpu.py"))
 RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)
 LATENCY = Run("latency", "embedded", "fp32", lengths=(8, 16))
 SNAPSHOT = Run("snapshot", "embedded", "fp32", "eager", "static")
@@ -54,6 +55,37 @@ for suffix in (".csv", ".json", ".transcript.jsonl", ".json.gz"):
     (pathlib.Path(order["folder"]) / f"result{suffix}").write_text(order["run"]["precision"])
 """
 KILLED = OBEDIENT + "import signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+class MadeUpHistory:
+    """torch.cuda.memory's history: every note that is set becomes an allocation and its free."""
+
+    def __init__(self) -> None:
+        self.device = RecordedDevice()
+
+    def start(self, enabled: str | None = "all", **asked: Any) -> None:
+        if enabled is not None:
+            assert asked == {"context": "alloc", "stacks": "all", "skip_actions": ["free_requested"]}
+
+    def note(self, text: str) -> None:
+        self.device.note = text
+        self.device.free(self.device.malloc(1000 + len(text)))
+
+    def snapshot(self) -> dict[str, Any]:
+        self.device.history[0]["frames"] = [{"name": "forward", "filename": "/home/somebody/secret/m.py", "line": 7}]
+        return self.device.snapshot()
+
+
+def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
+    history = MadeUpHistory()
+    FakeCuda(GPU_UUIDS[:1]).install(patch)
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_name", lambda _=0: "NVIDIA Fake GPU")
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    patch.setattr(torch.cuda.memory, "_record_memory_history", history.start)
+    patch.setattr(torch.cuda.memory, "_set_memory_metadata", history.note)
+    patch.setattr(torch.cuda.memory, "_snapshot", history.snapshot)
+    patch.setattr(child.MemoryProbe, "for_model", classmethod(lambda cls, model: cls("cuda:0")))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +102,13 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def do(folder: Path, *runs: Run, child: Sequence[str] = REAL_CHILD, budget_s: float = 600.0) -> list[Outcome]:
+@pytest.fixture
+def gpu(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in's GPU for this process, with a made-up memory history."""
+    pretend_gpu(monkeypatch)
+
+
+def do(folder: Path, *runs: Run, child: Sequence[str], budget_s: float = 600.0) -> list[Outcome]:
     data, work = folder / "data", folder / "work"
     return list(gather(runs, data, work, GPU, budget_s=budget_s, device="cpu", child=child))
 
@@ -129,34 +167,34 @@ def test_runs_are_chosen_by_a_part_of_their_name() -> None:
 # ------------------------------------------------------------------------------------------------------ the runs
 
 
-def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, tmp_path: Path) -> None:
-    outcomes = do(tmp_path, RECORDING, SNAPSHOT, LATENCY)
+def check_notes(run: Run, told: Mapping[str, Any], folder: Path) -> None:
+    """Provenance is whole, and no file has anything of this machine."""
+    assert told["command"] == f"glmlab evidence {run.name}"
+    assert (told["model"], told["weights"], told["attention"]) == ("embedded", "random", run.attention)
+    assert told["gpus"] == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
+    assert (told["driver"], told["compute_capability"]) == ("999.00.fake", "9.0")
+    assert told["date"] == "2023-11-14T22:13:20+00:00"
+    assert {"torch", "transformers", "bitsandbytes"} <= set(told["versions"])
+    texts = [path.read_bytes() for path in folder.iterdir()]
+    texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in texts]
+    for word in (str(folder), os.getcwd(), str(Path.home()) + os.sep, "somebody", f'"{platform.node()}"'):
+        assert all(word.encode() not in text for text in texts)
 
-    assert [outcome.status for outcome in outcomes] == ["finished", "finished", "finished"]
-    stem, other = f"{GPU}-embedded-fp32-sdpa-static", f"{GPU}-embedded-fp32-eager-static"
-    assert files(tmp_path / "data") == [
-        f"recordings/{stem}.csv",
-        f"recordings/{stem}.json",
-        f"recordings/{stem}.transcript.jsonl",
-        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.csv",
-        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.json",
-        f"snapshots/{other}.json.gz",
-    ]
-    assert files(tmp_path / "work") == []
 
-    curve = read_curve(tmp_path / "data/recordings" / f"{stem}.csv")
+def test_a_recording_has_every_token_and_says_what_ran(gpu: None, tmp_path: Path) -> None:
+    curve = read_curve(perform(RECORDING, tmp_path, "cpu"))
+    assert files(tmp_path) == ["result.csv", "result.json", "result.transcript.jsonl"]
     spoken = load_conversation("long").turns[0].max_new_tokens
     assert curve.table["step"].tolist() == list(range(spoken + 1))
     assert curve.table["used_mib"].tolist() == [1000.0] * (spoken + 1)
     assert (curve.provenance["status"], curve.provenance["resumptions"]) == ("finished", [])
     workload = forecast_of(curve).workload
     assert (workload.cache, workload.static_tokens, workload.weights) == ("static", STATIC_TOKENS, "random")
+    check_notes(RECORDING, curve.provenance, tmp_path)
 
-    snapshot = read_snapshot(tmp_path / "data/snapshots" / f"{other}.json.gz")
-    assert snapshot.provenance["turns"] == [list(SNAPSHOT_TURN)]
-    assert (snapshot.provenance["cache"], snapshot.provenance["static_tokens"]) == ("static", STATIC_TOKENS)
 
-    (timed,) = timed_tokens(tmp_path / "data")
+def test_times_of_tokens_have_a_floor_and_the_cost_of_polling(gpu: None, tmp_path: Path) -> None:
+    timed = read_timed_tokens(perform(LATENCY, tmp_path, "cpu"))
     assert timed.table["context_tokens"].tolist() == list(LATENCY.lengths)
     assert timed.table["sm_clock_mhz"].tolist() == [1500, 1500]
     assert (timed.table[["token_ms", "first_token_ms", "floor_ms"]] > 0).all(axis=None)
@@ -164,31 +202,11 @@ def test_results_land_with_provenance_and_nothing_of_this_machine(driver: Path, 
     assert timed.polling["answers"].all()
     assert timed.provenance["rates"]["bandwidth_bytes_per_s"] > 0
     assert timed.label == "embedded, fp32, eager, Fake GPU"
-
-    for run, told in (
-        (RECORDING, curve.provenance),
-        (SNAPSHOT, snapshot.provenance),
-        (LATENCY, timed.provenance),
-    ):
-        assert told["command"] == f"glmlab evidence {run.name}"
-        assert (told["model"], told["weights"], told["attention"]) == ("embedded", "random", run.attention)
-        assert told["gpus"] == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
-        assert (told["driver"], told["compute_capability"]) == ("999.00.fake", "9.0")
-        assert told["date"] == "2023-11-14T22:13:20+00:00"
-        assert {"torch", "transformers", "bitsandbytes"} <= set(told["versions"])
-
-    texts = [path.read_bytes() for path in (tmp_path / "data").rglob("*") if path.is_file()]
-    texts = [gzip.decompress(text) if text.startswith(b"\x1f\x8b") else text for text in texts]
-    for word in (str(tmp_path), os.getcwd(), str(Path.home()) + os.sep, "somebody", f'"{platform.node()}"'):
-        assert all(word.encode() not in text for text in texts)
+    check_notes(LATENCY, timed.provenance, tmp_path)
 
 
 @pytest.mark.parametrize("run", [SNAPSHOT, replace(SNAPSHOT, cache="dynamic")], ids=str)
-def test_history_notes_the_row_and_the_module_of_every_event(
-    driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
-) -> None:
-    pretend_gpu(monkeypatch)
-
+def test_history_notes_the_row_and_the_module_of_every_event(gpu: None, tmp_path: Path, run: Run) -> None:
     snapshot = read_snapshot(perform(run, tmp_path, "cpu"))
 
     notes = [event.note for event in snapshot.devices[0].events if event.action == "alloc"]
@@ -198,10 +216,13 @@ def test_history_notes_the_row_and_the_module_of_every_event(
     assert of_step[:3] == ["", "model", "model.embed_tokens"]
     assert of_step.count("model.layers.2.self_attn.q_proj") == 1
     assert of_step[-1] == ""
-    assert snapshot.provenance["cache"] == run.cache
+    assert snapshot.provenance["turns"] == [list(SNAPSHOT_TURN)]
+    expected = ("static", STATIC_TOKENS) if run.cache == "static" else ("dynamic", 0)
+    assert (snapshot.provenance["cache"], snapshot.provenance["static_tokens"]) == expected
+    check_notes(run, snapshot.provenance, tmp_path)
 
 
-def test_finished_runs_are_skipped_and_a_killed_run_starts_anew(tmp_path: Path) -> None:
+def test_results_land_finished_runs_are_skipped_and_a_killed_run_starts_anew(tmp_path: Path) -> None:
     assert [outcome.status for outcome in do(tmp_path, SNAPSHOT, child=script(OBEDIENT))] == ["finished"]
     (killed,) = do(tmp_path, RECORDING, child=script(KILLED))
     assert killed.status == "failed"
@@ -209,30 +230,35 @@ def test_finished_runs_are_skipped_and_a_killed_run_starts_anew(tmp_path: Path) 
     torn = tmp_path / "work" / RECORDING.name / "result.csv"
     assert torn.read_text() == "fp32"
 
-    other = replace(RECORDING, precision="bf16")
-    outcomes = do(tmp_path, SNAPSHOT, RECORDING, other, child=script(OBEDIENT))
+    outcomes = do(tmp_path, SNAPSHOT, RECORDING, LATENCY, child=script(OBEDIENT))
     assert [str(outcome).split(",")[0] for outcome in outcomes] == [
         f"was there {SNAPSHOT.name}",
         f"finished  {RECORDING.name}",
-        f"finished  {other.name}",
+        f"finished  {LATENCY.name}",
     ]
-    assert [outcome.file.read_text() for outcome in outcomes if outcome.file] == ["fp32", "fp32", "bf16"]
+    assert [outcome.file.read_text() for outcome in outcomes if outcome.file] == ["fp32"] * 3
     assert files(tmp_path / "work") == []
+    assert files(tmp_path / "data") == [
+        f"recordings/{GPU}-embedded-fp32-sdpa-static.csv",
+        f"recordings/{GPU}-embedded-fp32-sdpa-static.json",
+        f"recordings/{GPU}-embedded-fp32-sdpa-static.transcript.jsonl",
+        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.csv",
+        f"recordings/latency-{GPU}-embedded-fp32-sdpa-dynamic.json",
+        f"snapshots/{GPU}-embedded-fp32-eager-static.json.gz",
+    ]
 
 
 def test_no_run_starts_after_the_budget(tmp_path: Path) -> None:
-    assert [outcome.status for outcome in do(tmp_path, SNAPSHOT, budget_s=0.0)] == ["left"]
+    assert [outcome.status for outcome in do(tmp_path, SNAPSHOT, child=(), budget_s=0.0)] == ["left"]
     assert files(tmp_path) == []
 
 
 def test_a_run_that_cannot_be_done_says_why_and_exits_with_two(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretend_gpu(monkeypatch)
     order = {"run": asdict(replace(SNAPSHOT, precision="int2")), "folder": str(tmp_path), "device": "cpu"}
-    order["parent"] = os.getppid()
     with pytest.raises(SystemExit) as stopped:
-        main(json.dumps(order))
+        main(json.dumps({**order, "parent": os.getppid()}))
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("glmlab: precision='int2' is not known")
     assert files(tmp_path) == []
@@ -241,33 +267,24 @@ def test_a_run_that_cannot_be_done_says_why_and_exits_with_two(
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-def test_gpu_is_named_by_a_process_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_gpu_is_named_by_another_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    main("gpu")
     pretend_gpu(monkeypatch)
     main("gpu")
-    assert capsys.readouterr().out == '"NVIDIA Fake GPU"\n'
+    assert capsys.readouterr().out.splitlines() == ["null", '"NVIDIA Fake GPU"']
 
     assert gpu_of_this_machine(script("print('\"NVIDIA H200\"')")) == "h200"
     with pytest.raises(EvidenceError, match="its own words stand above"):
         gpu_of_this_machine(script("raise SystemExit(1)"))
+    with pytest.raises(EvidenceError, match=r"PyTorch sees none here\. .*evidence --list' shows what would run"):
+        gpu_of_this_machine(script("print('null')"))
 
 
 def test_list_shows_every_run_and_needs_no_gpu() -> None:
     result = CliRunner().invoke(app, ["evidence", "--list", "llama"])
     assert result.exit_code == 0
     assert result.stdout.splitlines() == [str(run) for run in choose(["llama"])]
-
-
-def test_without_a_gpu_the_command_says_what_it_needs() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "glmlab", "evidence"],
-        capture_output=True, text=True, check=False, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "measured on an NVIDIA GPU, and PyTorch sees none here" in done.stderr
-    assert "glmlab evidence --list' shows what would run" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
 
 
 def test_command_counts_what_became_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,9 +305,9 @@ def test_command_counts_what_became_of_the_runs(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_budget_or_folder_that_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvidenceError, match="a budget of nan minutes is none. Give --minutes 0 or more"):
-        do(tmp_path, SNAPSHOT, budget_s=float("nan"))
+    with pytest.raises(EvidenceError, match="a budget of nan minutes is not possible. Give --minutes 0 or more"):
+        do(tmp_path, SNAPSHOT, child=(), budget_s=float("nan"))
     in_the_way = tmp_path / "file"
     in_the_way.touch()
-    with pytest.raises(EvidenceError, match="cannot be made a folder .*Choose another"):
+    with pytest.raises(EvidenceError, match="the folder .* cannot be made .*Choose another"):
         list(gather([SNAPSHOT], in_the_way, tmp_path / "work", "gpu", budget_s=1.0))

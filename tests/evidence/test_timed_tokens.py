@@ -72,8 +72,8 @@ def test_files_that_are_no_times_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("cell", "provenance", "message"),
     [
-        ("fast", {"polling": []}, "'token_ms' holds something else than numbers. Time the tokens again"),
-        ("", {"polling": []}, "'token_ms' holds something else than numbers. Time the tokens again"),
+        ("fast", {"polling": []}, "'token_ms' is not all numbers. Time the tokens again"),
+        ("", {"polling": []}, "'token_ms' is not all numbers. Time the tokens again"),
         ("1", {}, r"latency-a.json lacks what gpustat costs \('polling'\)"),
         ("1", {"polling": "x"}, r"latency-a.json lacks what gpustat costs \('polling'\)"),
     ],
