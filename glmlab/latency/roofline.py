@@ -1,9 +1,9 @@
-"""The floor under a decode step: no device makes a token in less time than it needs to read what the token needs.
+"""The floor under a decode step: no device makes a token faster than it can read what the token needs.
 
 A token of one sequence reads every weight once (of the embedding table one row), reads the keys and values of all
 tokens before it, and writes its own; each weight takes part in one multiplication and one addition. Bytes over
-bandwidth and operations over peak rate are two times that run side by side, and the larger of them is the floor. With
-one sequence it is nearly always the bytes.
+bandwidth and operations over peak rate are two times that run side by side; the floor is the larger one. With one
+sequence that is nearly always the bytes.
 
 Bandwidth and peak rate are a card's published figures (``data/gpus.csv``) or are measured on this machine.
 """
@@ -11,18 +11,21 @@ Bandwidth and peak rate are a card's published figures (``data/gpus.csv``) or ar
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from glmlab.core.cards import find_card
 from glmlab.core.errors import GlmlabError
-from glmlab.core.units import MIB
+from glmlab.core.units import MIB, mib
 from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton
-from glmlab.models.placement import FLOAT_PRECISIONS, find_device, predict_bytes
+from glmlab.models.placement import dtype_beside, find_device
+from glmlab.models.sizes import predict_bytes
 
 LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""
@@ -39,7 +42,7 @@ class Rates:
     device: str
     bandwidth_bytes_per_s: float
     flops_per_s: float | None
-    """Multiplications and additions a second; None where nobody says."""
+    """Multiplications and additions a second; None if unknown."""
     source: str
     """Where the two figures come from."""
 
@@ -62,43 +65,24 @@ def card_rates(name: str) -> Rates:
 
 
 def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES) -> Rates:
-    """Measure a device: the best of several runs, since a floor needs the most that it can do.
+    """Measure a device; the best of several runs counts, since a floor needs the most that it can do.
 
-    The peak rate is that of the fastest dtype, of fp32 and bf16.
+    The bandwidth is the better of a copy (read and written, as the STREAM benchmark and data sheets count) and of a
+    sum, which only reads, as a decode step nearly does. The peak rate is that of the faster dtype of fp32 and bf16.
 
     Args:
         device: "cpu" (with as many threads as torch is set to) or a CUDA device.
-        block_bytes: bytes that are read at a time. A block as large as what one token reads counts the caches that a
-            small model fits into; the default outgrows them.
+        block_bytes: bytes that are read at a time. The default outgrows the caches; a block as large as what one token
+            reads includes them, as a small model does.
 
     Raises:
-        GlmlabError: no such device on this machine.
+        LoadError: no such device on this machine.
         GlmlabError: a block without bytes.
 
     Example:
         >>> rates = measure_rates("cpu", block_bytes=2**20)
         >>> rates.bandwidth_bytes_per_s > 1e6 and rates.flops_per_s > 1e6
         True
-    """
-    bandwidth = measure_bandwidth(device, block_bytes=block_bytes)
-    flops = max(_measure_flops(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
-    source = f"measured: a block of {block_bytes / MIB:.1f} MiB copied and read, a product of {_MATRIX} x {_MATRIX}"
-    return Rates(name, bandwidth, flops, source)
-
-
-def measure_bandwidth(device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES) -> float:
-    """Bytes a second that a device moves: the better of a copy, which counts as read and written, and of a sum.
-
-    A copy is what the STREAM benchmark and data sheets count; a sum only reads, as a decode step nearly does.
-
-    Args:
-        device: "cpu" or a CUDA device.
-        block_bytes: size of what is copied or summed.
-
-    Raises:
-        GlmlabError: no such device on this machine.
-        GlmlabError: a block without bytes.
     """
     device = find_device(str(device))
     if block_bytes < _ELEMENT_BYTES:
@@ -108,21 +92,21 @@ def measure_bandwidth(device: "str | torch.device" = "cpu", *, block_bytes: int 
     n_bytes = source.numel() * _ELEMENT_BYTES
     copied = 2 * n_bytes / _fastest_s(lambda: target.copy_(source), device)
     read = n_bytes / _fastest_s(source.sum, device)
-    return max(copied, read)
+    flops = []
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+        flops.append(2 * _MATRIX**3 / _fastest_s(partial(torch.matmul, matrix, matrix), device))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    how = f"measured: a block of {mib(block_bytes):.1f} MiB copied and read, a product of {_MATRIX} x {_MATRIX}"
+    return Rates(name, max(copied, read), max(flops), how)
 
 
-def _measure_flops(device: "str | torch.device", dtype: torch.dtype) -> float:
-    matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
-    return 2 * _MATRIX**3 / _fastest_s(lambda: matrix @ matrix, device)
-
-
-def _fastest_s(run: Callable[[], object], device: "str | torch.device") -> float:
+def _fastest_s(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest run; on a GPU between two CUDA events, so that launching does not count."""
-    on_cuda = torch.device(device).type == "cuda"
     run()  # warm up
     seconds: list[float] = []
     for _ in range(_REPETITIONS):
-        if on_cuda:
+        if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()
             run()
@@ -141,20 +125,19 @@ def roofline(
 ) -> pd.DataFrame:
     """Compute the least time of a decode step at several context lengths; batch of one, nothing is measured.
 
-    ``2 * layers * kv_heads * head_dim * element size`` bytes of keys and values a cached token; ``2`` operations a
-    weight of a linear layer and ``4 * layers * heads * head_dim`` a cached token (scores, and the sum of values).
+    Bytes: the weights, and :func:`~glmlab.models.kv_cache.kv_cache_bytes`. Operations: ``2`` a weight of a linear
+    layer, and ``4 * layers * heads * head_dim`` a cached token (scores, and the sum of values).
 
     Args:
         config: of the model (``load_config``, or ``loaded.model.config``).
         rates: of the device.
         precision: one of PRECISIONS.
         contexts: tokens that are cached before the step.
-        dtype: of what is not quantised, and of keys and values; for int8 and int4 fp16 without it.
+        dtype: of what is not quantised, and of keys and values; by default what a GPU would take.
 
     Returns:
         One row a context: context_tokens, weight_bytes, kv_read_bytes, kv_written_bytes, operations, memory_ms,
-        compute_ms (NaN where the peak rate is not known), floor_ms (the larger one), limited_by ("bytes" or
-        "operations").
+        compute_ms (NaN if the peak rate is unknown), floor_ms (the larger one), limited_by ("bytes" or "operations").
 
     Raises:
         GlmlabError: an unknown precision, a context below 0, or rates that are not above 0.
@@ -172,43 +155,30 @@ def roofline(
     if not all(0 < rate < inf for rate in (rates.bandwidth_bytes_per_s, rates.flops_per_s or 1.0)):
         raise GlmlabError(
             f"the rates of {rates.device} ({rates.bandwidth_bytes_per_s} B/s, {rates.flops_per_s} operations/s) are "
-            "not above 0. Measure them with measure_rates(), or give flops_per_s=None where nobody says."
+            "not above 0. Measure them with measure_rates(), or give flops_per_s=None if it is unknown."
         )
-    dtype = dtype or FLOAT_PRECISIONS.get(precision, torch.float16)
     skeleton = build_skeleton(config)
-    weight_bytes = _weight_bytes(skeleton, precision, dtype)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_bytes = kv_cache_bytes(config, tokens=1, dtype_bytes=dtype.itemsize)
+    dtype = dtype or dtype_beside(config, precision, torch.device("cuda"))
     linear_weights = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear))
-    rows = []
-    for context in contexts:
-        n_bytes = weight_bytes + kv_bytes * (context + 1)
-        operations = 2 * linear_weights + 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * context
-        memory_ms = n_bytes / rates.bandwidth_bytes_per_s * 1e3
-        compute_ms = operations / rates.flops_per_s * 1e3 if rates.flops_per_s else float("nan")
-        rows.append(
-            {
-                "context_tokens": context,
-                "weight_bytes": weight_bytes,
-                "kv_read_bytes": kv_bytes * context,
-                "kv_written_bytes": kv_bytes,
-                "operations": operations,
-                "memory_ms": memory_ms,
-                "compute_ms": compute_ms,
-                "floor_ms": max(memory_ms, compute_ms) if rates.flops_per_s else memory_ms,
-                "limited_by": "operations" if compute_ms > memory_ms else "bytes",
-            }
-        )
-    return pd.DataFrame(rows)
+    token_kv_bytes = kv_cache_bytes(config, tokens=1, dtype_bytes=dtype.itemsize)
+    heads_per_kv_head = config.num_attention_heads // config.num_key_value_heads  # that read the same keys and values
+    table = pd.DataFrame({"context_tokens": contexts})
+    table["weight_bytes"] = _weight_bytes(skeleton, precision, dtype)
+    table["kv_read_bytes"] = token_kv_bytes * table["context_tokens"]
+    table["kv_written_bytes"] = token_kv_bytes
+    table["operations"] = 2 * linear_weights + 2 * heads_per_kv_head * table["kv_read_bytes"] // dtype.itemsize
+    n_bytes = table[["weight_bytes", "kv_read_bytes", "kv_written_bytes"]].sum(axis="columns")
+    table["memory_ms"] = n_bytes / rates.bandwidth_bytes_per_s * 1e3
+    table["compute_ms"] = table["operations"] / (rates.flops_per_s or np.nan) * 1e3
+    table["floor_ms"] = table[["memory_ms", "compute_ms"]].max(axis="columns")
+    table["limited_by"] = np.where(table["compute_ms"] > table["memory_ms"], "operations", "bytes")
+    return table
 
 
 def _weight_bytes(skeleton: Any, precision: str, dtype: torch.dtype) -> int:
-    """Bytes of weights that one token reads: all but the embedding table, of which it reads a row.
-
-    A head that is tied to the table reads all of it.
-    """
+    """Bytes of weights that one token reads: of the embedding table one row, or all of it if the head is tied to it."""
     sizes = predict_bytes(skeleton, precision, dtype)
-    table = skeleton.get_input_embeddings().weight
-    row_bytes = table.shape[1] * dtype.itemsize
-    is_tied = skeleton.get_output_embeddings().weight is table
+    embedding = skeleton.get_input_embeddings().weight
+    row_bytes = embedding.shape[1] * dtype.itemsize
+    is_tied = skeleton.get_output_embeddings().weight is embedding
     return sum(sizes.values()) + int(row_bytes) - (0 if is_tied else sizes["embedding"])
