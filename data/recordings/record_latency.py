@@ -15,8 +15,7 @@ import torch
 
 from glmlab import load_model
 from glmlab.gallery.latency import COMPILED_PRECISION, CONTEXTS, PRECISIONS, PROMPTS, RECORDING
-from glmlab.latency.conditions import conditions
-from glmlab.latency.measure import measure_decode, measure_first_token
+from glmlab.latency.measure import conditions, measure_decode, measure_first_token
 from glmlab.latency.polling import measure_polling
 from glmlab.latency.profile import profile_token
 from glmlab.latency.roofline import Rates, measure_rates, roofline

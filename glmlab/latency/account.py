@@ -1,18 +1,17 @@
-"""An account of the chapter's 1.5 s a token: what can be computed, what was measured here, and what is left.
+"""An account of the chapter's 1.5 s a token: what can be computed, what was measured here, and what remains.
 
-The chapter ran ChatGLM3-6B's original int4 code on a laptop GPU. What that code keeps in memory is known from its
-recorded trace; the card's bandwidth is published; what the log's polling costs, and what PyTorch's Python side costs a
-layer, is measured on this machine. Each row of the account says which of these it is.
+The chapter ran ChatGLM3-6B's original int4 code on a laptop GPU. The recorded trace of that code says what it keeps in
+memory, and the card's bandwidth is published. What the log's polling costs, and PyTorch's Python side for each layer,
+is measured on this machine. Each row of the account says which of these it is.
 """
 
 import pandas as pd
 
 from glmlab.core.cards import find_card
-from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB
 from glmlab.forecast.forecast import Forecast
+from glmlab.latency.measure import LatencyError
 from glmlab.latency.roofline import card_rates
-from glmlab.models.placement import FLOAT_PRECISIONS
 
 REPORTED_TOKEN_S = 1.5
 """What the chapter reports for a token, "about"."""
@@ -28,7 +27,7 @@ KINDS = ("floor", "estimated", "measured here", "unexplained")
 
 
 def launching_s_per_layer(parts: pd.DataFrame, *, layers: int) -> float:
-    """Python and launching of one decoder layer, from a table of ``profile_token``; 0 where it measured none.
+    """Python and launching of one decoder layer, from a table of ``profile_token``; never below 0.
 
     Example:
         >>> launching_s_per_layer(pd.DataFrame({"part": ["Python and launching"], "ms": [0.8]}), layers=4)
@@ -41,37 +40,34 @@ def launching_s_per_layer(parts: pd.DataFrame, *, layers: int) -> float:
 def chapter_account(
     *, polling_s: float, launching_s_per_layer: float, spilled_bytes: float | None = None
 ) -> pd.DataFrame:
-    """Split the chapter's time of a token into parts that add up to it.
+    """Split the chapter's time of a token into parts.
 
     Args:
         polling_s: one ``gpustat --json`` process (``measure_polling``).
         launching_s_per_layer: Python and launching of one decoder layer (``profile_token``).
-        spilled_bytes: weights that lie in host memory and cross PCI Express for every token; without it, what the
+        spilled_bytes: weights that lie in host memory and cross PCI Express for every token; by default what the
             original code uses beyond the card's memory, which is nothing once it is loaded.
 
     Returns:
-        One row a part: part, kind (one of :data:`KINDS`), seconds, share, how (the arithmetic in words). The last row
-        is the reported time less the others; it is negative where they explain more than was reported.
+        One row a part: part, kind (one of :data:`KINDS`), seconds, share, how (the arithmetic in words). The last row,
+        "unexplained", is the reported time minus the others; it is negative if they add up to more.
 
     Raises:
-        GlmlabError: a negative time or size.
+        LatencyError: a negative time or size.
 
     Example:
-        >>> account = chapter_account(polling_s=0.5, launching_s_per_layer=0.0002)
-        >>> round(float(account["seconds"].sum()), 9), account["kind"].iloc[-1]
-        (1.5, 'unexplained')
+        >>> account = chapter_account(polling_s=0.5, launching_s_per_layer=0.0002).set_index("part")
+        >>> account.loc["floor: read the weights once", "how"]
+        '3.40e9 B (int4, head in fp16, no embedding table) at 256e9 B/s'
     """
     if min(polling_s, launching_s_per_layer, spilled_bytes or 0) < 0:
-        raise GlmlabError("times and sizes of an account are not negative.")
-    rates = card_rates(ORIGINAL_CARD)
-    bandwidth = rates.bandwidth_bytes_per_s
+        raise LatencyError("times and sizes of an account are not negative.")
+    bandwidth = card_rates(ORIGINAL_CARD).bandwidth_bytes_per_s
     loaded = Forecast.of(trace=ORIGINAL_TRACE, turns="8:2").curve.table.iloc[0]
-    read_bytes = dequantised_bytes = 0.0
-    for component in ("attention", "mlp", "head", "norms"):
-        read_bytes += loaded[f"weights_{component}_mib"] * MIB
-    read_bytes += loaded["quantisation_state_mib"] * MIB
-    for component in ("attention", "mlp"):  # half a byte a weight becomes two
-        dequantised_bytes += loaded[f"weights_{component}_mib"] * MIB / 0.5 * FLOAT_PRECISIONS["fp16"].itemsize
+    quantised = (loaded["weights_attention_mib"] + loaded["weights_mlp_mib"]) * MIB
+    others = (loaded["weights_head_mib"] + loaded["weights_norms_mib"] + loaded["quantisation_state_mib"]) * MIB
+    read_bytes = quantised + others
+    dequantised_bytes = 4 * quantised  # half a byte a weight becomes two
     if spilled_bytes is None:
         spilled_bytes = max(0.0, loaded["used_mib"] - find_card(ORIGINAL_CARD).memory_mib) * MIB
     rows = [
@@ -99,15 +95,10 @@ def chapter_account(
             launching_s_per_layer * ORIGINAL_LAYERS,
             f"{launching_s_per_layer * 1e3:.3f} ms a layer of the embedded model, times {ORIGINAL_LAYERS} layers",
         ),
-        (
-            "the log: gpustat --json",
-            "measured here",
-            polling_s,
-            "one process for each streamed token",
-        ),
+        ("the log: gpustat --json", "measured here", polling_s, "one process for each streamed token"),
     ]
-    explained_s = sum(row[2] for row in rows)
-    rows.append(("unexplained", "unexplained", REPORTED_TOKEN_S - explained_s, "what remains of the reported time"))
+    rest_s = REPORTED_TOKEN_S - sum(row[2] for row in rows)
+    rows.append(("unexplained", "unexplained", rest_s, "what remains of the reported time"))
     account = pd.DataFrame(rows, columns=["part", "kind", "seconds", "how"])
     account.insert(3, "share", account["seconds"] / REPORTED_TOKEN_S)
     return account

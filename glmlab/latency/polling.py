@@ -1,22 +1,21 @@
-"""What it costs to ask how much memory is used: three ways, timed for real on this machine.
+"""What it costs to ask how much memory is used: three ways, timed on this machine.
 
     gpustat --json      what the chapter's script ran: a new Python process each time
-    gpustat.new_query   the same question from within this process; sleeps about 100 ms for each GPU
-    NVML                the driver's library itself, which the other two ask
+    gpustat.new_query   the same from within this process; sleeps about 100 ms for each GPU
+    NVML                the driver's library itself, which the other two call
 
-Without an NVIDIA driver all three fail. They are timed all the same, and the table says that they failed: the process
-of ``gpustat --json`` starts, imports and looks for the driver before it can know, a lower bound of what it costs.
+Without an NVIDIA driver all three fail. They are timed all the same, and the table says that they failed: a process of
+``gpustat --json`` starts, imports and looks for the driver first, so its time is a lower bound of what it costs.
 """
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 
 import numpy as np
 import pandas as pd
 
-from glmlab.core.errors import GlmlabError
+from glmlab.latency.measure import LatencyError
 
 SUBPROCESS = "gpustat --json (a process)"
 API = "gpustat.new_query()"
@@ -24,7 +23,7 @@ NVML = "NVML"
 
 
 def measure_polling(*, repetitions: int = 5) -> pd.DataFrame:
-    """Time the three ways in turn.
+    """Time the three ways, one after the other.
 
     Args:
         repetitions: calls that count of each way, after one that does not.
@@ -34,35 +33,25 @@ def measure_polling(*, repetitions: int = 5) -> pd.DataFrame:
         (the error's text where it did not answer, else empty).
 
     Raises:
-        GlmlabError: fewer than one repetition.
+        LatencyError: fewer than one repetition.
     """
     if repetitions < 1:
-        raise GlmlabError(f"{repetitions} repetitions measure nothing. Ask for at least 1.")
-    ways: Mapping[str, Callable[[], str]] = {SUBPROCESS: _by_subprocess, API: _by_gpustat, NVML: _by_nvml}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    outcomes: dict[str, str] = {}
-    for repetition in range(-1, repetitions):
-        for way, poll in ways.items():
+        raise LatencyError(f"{repetitions} repetitions measure nothing. Ask for at least 1.")
+    rows = []
+    for way, poll in {SUBPROCESS: _by_subprocess, API: _by_gpustat, NVML: _by_nvml}.items():
+        poll()
+        ms, outcomes = [], []
+        for _ in range(repetitions):
             started = time.perf_counter()
-            outcome = poll()
-            elapsed = time.perf_counter() - started
-            if repetition >= 0:
-                seconds[way].append(elapsed)
-                outcomes[way] = outcomes.get(way) or outcome
-    return pd.DataFrame(
-        {
-            "way": list(ways),
-            "answers": [not outcomes[way] for way in ways],
-            "poll_ms": [float(np.median(seconds[way])) * 1e3 for way in ways],
-            "fastest_ms": [min(seconds[way]) * 1e3 for way in ways],
-            "repetitions": repetitions,
-            "outcome": [outcomes[way] for way in ways],
-        }
-    )
+            outcomes.append(poll())
+            ms.append((time.perf_counter() - started) * 1e3)
+        outcome = max(outcomes, key=bool)
+        rows.append((way, not outcome, float(np.median(ms)), min(ms), repetitions, outcome))
+    return pd.DataFrame(rows, columns=["way", "answers", "poll_ms", "fastest_ms", "repetitions", "outcome"])
 
 
 def _by_subprocess() -> str:
-    """Run gpustat's command in a process of its own; returns what it says where it fails."""
+    """Run gpustat's command in a process of its own; return its error message, or an empty text."""
     done = subprocess.run(
         [sys.executable, "-m", "gpustat", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

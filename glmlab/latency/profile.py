@@ -25,7 +25,7 @@ import sys
 import time
 import timeit
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pandas as pd
@@ -37,8 +37,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from glmlab.generation.decoding import DecodeStep, context_limit
 from glmlab.latency.measure import WARM_UP_STEPS, LatencyError, conditions, device_errors, endless_steps
 from glmlab.models.loading import LoadedModel
-from glmlab.models.module_paths import module_calls
-from glmlab.models.sizes import component_of
+from glmlab.models.module_paths import follow_modules
+from glmlab.models.placement import component_of
 
 _MARK = "glmlab: "
 _REST = "norms, activations, rest"
@@ -144,29 +144,30 @@ _TINY_RECORDS = 3  # aten::t, aten::transpose, aten::as_strided
 
 def _tiny_operation_s() -> float:
     """Seconds of an operation that does next to nothing, for which the profiler writes ``_TINY_RECORDS`` records."""
-    return min(timeit.repeat(torch.ones(1, 1).t, number=100, repeat=20)) / 100
+    return min(timeit.repeat(torch.ones(1, 1).t, number=20, repeat=20)) / 20
 
 
 @contextmanager
 def _marks(model: Any) -> Iterator[None]:
     """Mark the parts of a forward pass for the profiler while the context lasts."""
     head = model.get_output_embeddings()
-    parts = {name: _part_of(name, module, module is head) for name, module in model.named_modules()}
+    parts = {
+        name: part for name, module in model.named_modules() if (part := _part_of(name, module, is_head=module is head))
+    }
     running: list[Any] = []
 
     def enter(path: str) -> None:
-        mark = record_function(_MARK + part) if (part := parts[path]) else nullcontext()
-        mark.__enter__()
-        running.append(mark)
+        running.append(record_function(_MARK + parts[path]))
+        running[-1].__enter__()
 
-    def leave() -> None:
+    def leave(_: str) -> None:
         running.pop().__exit__(None, None, None)
 
-    with module_calls(model, enter, leave):
+    with follow_modules([(name, model.get_submodule(name)) for name in parts], enter, leave):
         yield
 
 
-def _part_of(name: str, module: nn.Module, is_head: bool) -> str | None:
+def _part_of(name: str, module: nn.Module, *, is_head: bool) -> str | None:
     """Part that a module's operations belong to; None if they belong to that of the module around it."""
     if not name:
         return _REST

@@ -20,12 +20,11 @@ import pandas as pd
 import torch
 
 from glmlab.core.cards import find_card
-from glmlab.core.errors import GlmlabError
 from glmlab.core.units import MIB, mib
+from glmlab.latency.measure import LatencyError
 from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton
-from glmlab.models.placement import dtype_beside, find_device
-from glmlab.models.sizes import predict_bytes
+from glmlab.models.placement import dtype_beside, find_device, predict_bytes
 
 LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""
@@ -52,7 +51,7 @@ def card_rates(name: str) -> Rates:
 
     Raises:
         CardError: no such card.
-        GlmlabError: the card's bandwidth is not in data/gpus.csv.
+        LatencyError: the card's bandwidth is not in data/gpus.csv.
 
     Example:
         >>> card_rates("RTX 4060 Laptop").bandwidth_bytes_per_s / 1e9
@@ -60,7 +59,7 @@ def card_rates(name: str) -> Rates:
     """
     card = find_card(name)
     if card.bandwidth_bytes_per_s is None:
-        raise GlmlabError(f"data/gpus.csv has no bandwidth of {card.name}. Add bandwidth_bytes_per_s and its source.")
+        raise LatencyError(f"data/gpus.csv has no bandwidth of {card.name}. Add bandwidth_bytes_per_s and its source.")
     return Rates(card.name, card.bandwidth_bytes_per_s, card.fp16_flops_per_s, card.source)
 
 
@@ -76,8 +75,7 @@ def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LA
             reads includes them, as a small model does.
 
     Raises:
-        LoadError: no such device on this machine.
-        GlmlabError: a block without bytes.
+        GlmlabError: no such device on this machine, or a block without bytes.
 
     Example:
         >>> rates = measure_rates("cpu", block_bytes=2**20)
@@ -86,7 +84,7 @@ def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LA
     """
     device = find_device(str(device))
     if block_bytes < _ELEMENT_BYTES:
-        raise GlmlabError(f"block_bytes={block_bytes} moves nothing. Give at least {_ELEMENT_BYTES}, better some MiB.")
+        raise LatencyError(f"block_bytes={block_bytes} moves nothing. Give at least {_ELEMENT_BYTES}, better some MiB.")
     source = torch.ones(block_bytes // _ELEMENT_BYTES, device=device)
     target = torch.empty_like(source)
     n_bytes = source.numel() * _ELEMENT_BYTES
@@ -140,7 +138,7 @@ def roofline(
         compute_ms (NaN if the peak rate is unknown), floor_ms (the larger one), limited_by ("bytes" or "operations").
 
     Raises:
-        GlmlabError: an unknown precision, a context below 0, or rates that are not above 0.
+        LatencyError: an unknown precision, a context below 0, or rates that are not above 0.
 
     Example:
         >>> from glmlab.models.checkpoints import find_config
@@ -151,9 +149,9 @@ def roofline(
         (['bytes', 'bytes'], [11.9, 12.1])
     """
     if wrong := [context for context in contexts if not 0 <= context < inf]:
-        raise GlmlabError(f"context {wrong[0]} is no number of cached tokens. Give 0 or more.")
+        raise LatencyError(f"context {wrong[0]} is no number of cached tokens. Give 0 or more.")
     if not all(0 < rate < inf for rate in (rates.bandwidth_bytes_per_s, rates.flops_per_s or 1.0)):
-        raise GlmlabError(
+        raise LatencyError(
             f"the rates of {rates.device} ({rates.bandwidth_bytes_per_s} B/s, {rates.flops_per_s} operations/s) are "
             "not above 0. Measure them with measure_rates(), or give flops_per_s=None if it is unknown."
         )
