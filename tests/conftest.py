@@ -42,7 +42,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
             figure = re.search(r"^tests/gallery/.*\[(\w+)[-\]]", nodeid)
-            return (notebook or figure or [None, nodeid])[1]
+            compiled = re.search("(compil)", nodeid)  # and so is the model with compiled decode steps
+            return (notebook or figure or compiled or [None, nodeid])[1]
 
     return BySubject(config, log)
 
