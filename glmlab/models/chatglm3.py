@@ -89,31 +89,12 @@ class ChatGLM3Config(GlmConfig):
     model_type = MODEL_TYPE
 
     def __post_init__(self, **kwargs: Any) -> None:
-        foreign = [name for name in _FOREIGN if name in kwargs]
-        if foreign:
-            raise GlmlabError(
-                f"config.json has {', '.join(foreign)}: this is the first ChatGLM-6B, not ChatGLM2 or ChatGLM3, "
-                "whose blocks differ. Use a chatglm2-6b or chatglm3-6b checkpoint."
-            )
-        if published := [name for name in (*_RENAMED, *_REQUIRED) if name in kwargs]:
-            missing = [name for name in _STATED if name not in kwargs]
-            if missing:
-                raise GlmlabError(
-                    f"config.json says {published[0]} but not {', '.join(missing)}: a ChatGLM2/3 config states all of "
-                    "them. Take config.json from the checkpoint's own repository."
-                )
-        for name, wanted in _REQUIRED.items():
-            if name in kwargs and (found := kwargs.pop(name)) != wanted:
-                raise GlmlabError(
-                    f"config.json says {name} = {found!r}, but ChatGLM3's forward pass has {name} = {wanted!r}: "
-                    "this is another architecture under model_type chatglm. Use an original, unquantised ChatGLM2 or "
-                    "ChatGLM3 checkpoint (precision='int4' quantises it on load)."
-                )
+        _refuse_other_architectures(kwargs)
+        for name in (*_REQUIRED, *_INERT):
+            kwargs.pop(name, None)
         for published_name, name in _RENAMED.items():
             if published_name in kwargs:
                 setattr(self, name, kwargs.pop(published_name))
-        for name in _INERT:
-            kwargs.pop(name, None)
         rope_ratio = kwargs.pop("rope_ratio", 1)
         if not self.rope_parameters:  # type: ignore[has-type]
             self.rope_parameters = {
@@ -126,6 +107,28 @@ class ChatGLM3Config(GlmConfig):
         if self.pad_token_id is None or self.pad_token_id >= self.vocab_size:  # type: ignore[has-type]
             self.pad_token_id = 0  # GlmConfig's default is GLM-4's, beyond a smaller vocabulary
         super().__post_init__(**kwargs)
+
+
+def _refuse_other_architectures(fields: dict[str, Any]) -> None:
+    if foreign := [name for name in _FOREIGN if name in fields]:
+        raise GlmlabError(
+            f"config.json has {', '.join(foreign)}: this is the first ChatGLM-6B, not ChatGLM2 or ChatGLM3, "
+            "whose blocks differ. Use a chatglm2-6b or chatglm3-6b checkpoint."
+        )
+    published = [name for name in (*_RENAMED, *_REQUIRED) if name in fields]
+    missing = [name for name in _STATED if name not in fields]
+    if published and missing:
+        raise GlmlabError(
+            f"config.json says {published[0]} but not {', '.join(missing)}: a ChatGLM2/3 config states all of "
+            "them. Take config.json from the checkpoint's own repository."
+        )
+    for name, wanted in _REQUIRED.items():
+        if fields.get(name, wanted) != wanted:
+            raise GlmlabError(
+                f"config.json says {name} = {fields[name]!r}, but ChatGLM3's forward pass has {name} = {wanted!r}: "
+                "this is another architecture under model_type chatglm. Use an original, unquantised ChatGLM2 or "
+                "ChatGLM3 checkpoint (precision='int4' quantises it on load)."
+            )
 
 
 # ----------------------------------------------------------------------------------------------------- model

@@ -170,57 +170,81 @@ def load_model(
         >>> loaded.report.parameters == sum(p.numel() for p in loaded.model.parameters())
         True
     """
-    started, name = time.perf_counter(), str(name)  # a Path is as good
-    _check_arguments(precision, weights, attention)
-    target = find_device(device)
-    folder, config = _find(name, weights)
-    config._attn_implementation = attention or config._attn_implementation
-    skeleton = build_skeleton(config)
-    precision = choose_precision(name, skeleton, precision, target)
-    dtype = dtype_beside(config, precision, target)
-    is_small = sum(predict_bytes(skeleton, precision, dtype).values()) < _LARGE_FROM_BYTES
-    threads = 1 if is_small and target.type == "cpu" else None
-    with _quiet_loading(without_bar=is_small), cpu_threads(threads):
-        build = _load_checkpoint if weights == "checkpoint" else _build_random
-        model = build(folder, config, precision, dtype, target)
-        tokenizer, origin = _load_tokenizer(name, folder, config, weights)
+    started = time.perf_counter()
+    plan = _plan(str(name), precision, device, weights, attention)
+    with _quiet_loading(without_bar=plan.is_small), cpu_threads(plan.threads):
+        model = _load_checkpoint(plan) if weights == "checkpoint" else _build_random(plan)
+        tokenizer, tokenizer_origin = _load_tokenizer(plan)
         _set_stop_tokens(model, tokenizer)
         seconds = time.perf_counter() - started
         compiled = CompiledForward(model) if compile else None
-        report = LoadReport(
-            name=folder.name if weights == "checkpoint" and name != EMBEDDED and Path(name).exists() else name,
-            architecture=type(model).__name__,
-            weights=weights,
-            precision=precision,
-            dtype=dtype_name(dtype),
-            attention=config._attn_implementation or "eager",
-            device=_device_name(target),
-            parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-            bytes_by_component=measure_bytes(model),
-            seconds=seconds,
-            tokenizer=origin,
-            versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")},
-            compilation=compiled.compilation if compiled else None,
-        )
+        report = _report(plan, model, tokenizer_origin, seconds, compiled)
     usable = None if compiled is None or compiled.compilation.failure else compiled
-    return LoadedModel(model, tokenizer, report, usable, threads)
+    return LoadedModel(model, tokenizer, report, usable, plan.threads)
 
 
-def _check_arguments(precision: str, weights: str, attention: str | None) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """What is loaded, decided before memory is spent."""
+
+    name: str
+    folder: Path
+    """Of the checkpoint; with random weights of the config."""
+    config: Any
+    skeleton: nn.Module
+    weights: Weights
+    precision: str
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_small(self) -> bool:
+        """Whether loading is instant, and one CPU thread faster than several."""
+        return sum(predict_bytes(self.skeleton, self.precision, self.dtype).values()) < _LARGE_FROM_BYTES
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads of a decode step; None leaves the caller's setting."""
+        return 1 if self.is_small and self.device.type == "cpu" else None
+
+
+def _plan(name: str, precision: str, device: str, weights: Weights, attention: str | None) -> _Plan:
     if weights not in ("checkpoint", "random"):
         raise GlmlabError(f"weights={weights!r} is not known. Use 'checkpoint' or 'random'.")
     check_precision(precision, or_auto=True)
     if attention not in _ATTENTIONS:
         raise GlmlabError(f"attention={attention!r} is not known. Use 'sdpa' or 'eager'.")
+    target = find_device(device)
+    config_file = find_checkpoint(name) / "config.json" if weights == "checkpoint" else find_config(name)
+    config = load_config(config_file)
+    config._attn_implementation = attention or config._attn_implementation
+    skeleton = build_skeleton(config)
+    precision = choose_precision(name, skeleton, precision, target)
+    dtype = dtype_beside(config, precision, target)
+    return _Plan(name, config_file.parent, config, skeleton, weights, precision, dtype, target)
 
 
-def _find(name: str, weights: Weights) -> tuple[Path, Any]:
-    """The model's folder and config; with random weights no checkpoint needs to be there."""
-    if weights == "checkpoint":
-        folder = find_checkpoint(name)
-        return folder, load_config(folder / "config.json")
-    config_file = find_config(name)
-    return config_file.parent, load_config(config_file)
+def _report(
+    plan: _Plan, model: Any, tokenizer_origin: str, seconds: float, compiled: CompiledForward | None
+) -> LoadReport:
+    is_folder = plan.weights == "checkpoint" and plan.name != EMBEDDED and Path(plan.name).exists()
+    return LoadReport(
+        name=plan.folder.name if is_folder else plan.name,
+        architecture=type(model).__name__,
+        weights=plan.weights,
+        precision=plan.precision,
+        dtype=dtype_name(plan.dtype),
+        attention=plan.config._attn_implementation or "eager",
+        device=_device_name(plan.device),
+        parameters=sum(parameter.numel() for parameter in plan.skeleton.parameters()),
+        bytes_by_component=measure_bytes(model),
+        seconds=seconds,
+        tokenizer=tokenizer_origin,
+        versions={
+            package: importlib.metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")
+        },
+        compilation=compiled.compilation if compiled else None,
+    )
 
 
 def _device_name(device: torch.device) -> str:
@@ -324,22 +348,23 @@ def build_skeleton(config: Any) -> nn.Module:
 # --------------------------------------------------------------------------------------------- weights, tokenizer
 
 
-def _load_checkpoint(folder: Path, config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_checkpoint(plan: _Plan) -> Any:
+    folder = plan.folder
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization_config_of(precision, dtype),
+            config=plan.config,
+            dtype=plan.dtype,
+            device_map={"": plan.device},
+            quantization_config=quantization_config_of(plan.precision, plan.dtype),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except torch.OutOfMemoryError as error:
         raise GlmlabError(
-            f"{device} ran out of memory while loading {folder.name} in {precision}. Close other programs on it "
-            "or use a smaller precision."
+            f"{plan.device} ran out of memory while loading {folder.name} in {plan.precision}. Close other programs on "
+            "it or use a smaller precision."
         ) from error
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not fit its own config.json: {_first_lines(error)}") from error
@@ -376,31 +401,32 @@ def _mis_shaped(model: nn.Module) -> list[str]:
     return found
 
 
-def _build_random(_: Path, config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Build from the config, straight on the device."""
-    if precision in FLOAT_PRECISIONS:
-        return build_random_float(config, dtype, device)
-    return fill_random_quantised(quantised_skeleton(config, precision, dtype), config, dtype, device)
+def _build_random(plan: _Plan) -> Any:
+    if plan.precision in FLOAT_PRECISIONS:
+        return build_random_float(plan.config, plan.dtype, plan.device)
+    skeleton = quantised_skeleton(plan.config, plan.precision, plan.dtype)
+    return fill_random_quantised(skeleton, plan.config, plan.dtype, plan.device)
 
 
 def _first_lines(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
-def _load_tokenizer(name: str, folder: Path, config: Any, weights: Weights) -> tuple[Any, str]:
-    """The tokenizer, and whose it is."""
-    if name != EMBEDDED and (weights == "checkpoint" or has_tokenizer(folder)):
+def _load_tokenizer(plan: _Plan) -> tuple[Any, str]:
+    """The tokenizer, and whose it is; without one, as beside a mere config, the embedded model's stands in."""
+    if plan.name != EMBEDDED and (plan.weights == "checkpoint" or has_tokenizer(plan.folder)):
         try:
-            return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False), "the model's own"
+            tokenizer = AutoTokenizer.from_pretrained(plan.folder, config=plan.config, trust_remote_code=False)
+            return tokenizer, "the model's own"
         except GlmlabError:
             raise
         except Exception as error:  # every tokenizer class has its own way to fail on a broken file
             raise CheckpointError(
-                f"the tokenizer of {folder} cannot be read: {_first_lines(error)}. Copy the tokenizer files of the "
-                "same model into the folder."
+                f"the tokenizer of {plan.folder} cannot be read: {_first_lines(error)}. Copy the tokenizer files of "
+                "the same model into the folder."
             ) from error
     tokenizer = AutoTokenizer.from_pretrained(data_path("tiny-chatglm3"), trust_remote_code=False)
-    return tokenizer, "the model's own" if name == EMBEDDED else "the embedded model's, standing in"
+    return tokenizer, "the model's own" if plan.name == EMBEDDED else "the embedded model's, standing in"
 
 
 def _set_stop_tokens(model: Any, tokenizer: Any) -> None:
