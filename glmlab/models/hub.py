@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
@@ -83,10 +83,9 @@ class HubFile:
 
 @dataclass(frozen=True)
 class FetchReport:
-    """What a fetch brought and checked; its str is the table that ``glmlab fetch`` prints."""
+    """What a fetch brought and checked; its str is what ``glmlab fetch`` prints."""
 
     model: str
-    hub: str
     revision: str | None
     """None where the hub was not asked: then nothing was compared with its listing."""
     folder: Path
@@ -96,22 +95,13 @@ class FetchReport:
     seconds: float
 
     def __str__(self) -> str:
-        width = max(len(file.name) for file in self.files)
-        lines, fetched_bytes = [], 0
-        for file in self.files:
-            is_new = file.name in self.fetched
-            fetched_bytes += file.size_bytes * is_new
-            checked = "nothing" if self.revision is None else "sha256" if file.sha256 else "size"
-            size, came = format_bytes(file.size_bytes), "fetched" if is_new else "was here"
-            lines.append(f"{file.name:<{width}}  {size:>10}  {came:8}  {checked} checked")
+        fetched_bytes = sum(file.size_bytes for file in self.files if file.name in self.fetched)
         hashes = sum(file.sha256 is not None for file in self.files)
-        origin = f"{self.hub}, revision {(self.revision or 'as cached')[:12]}"
-        came = f"{format_bytes(fetched_bytes)} in {self.seconds:.1f} s, {hashes} hashes checked"
-        total = f"{self.model} ({origin}): {len(self.fetched)} of {len(lines)} files fetched, {came}"
-        return "\n".join([*lines, total, f"in {self.folder}"])
-
-
-# ------------------------------------------------------------------------------------------------ the two clients
+        checked = "nothing checked" if self.revision is None else f"all sizes and {hashes} hashes checked"
+        return (
+            f"{self.model} ({(self.revision or 'as cached')[:12]}): {len(self.fetched)} of {len(self.files)} files "
+            f"fetched, {format_bytes(fetched_bytes)} in {self.seconds:.1f} s, {checked}\nin {self.folder}"
+        )
 
 
 class _HuggingFace:
@@ -120,7 +110,7 @@ class _HuggingFace:
     ``listing``: a revision and the files of its top level; ``folder``: where the cache keeps it, whether there or not.
     """
 
-    name, settings = "huggingface", "HF_HUB_OFFLINE, HF_ENDPOINT"
+    settings = "HF_HUB_OFFLINE, HF_ENDPOINT"
 
     def listing(self, model: str) -> tuple[str, list[HubFile]]:
         from huggingface_hub import HfApi
@@ -137,22 +127,6 @@ class _HuggingFace:
         repository = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
         return repository / "snapshots" / revision
 
-    def cached(self, model: str) -> tuple[Path | None, list[str]]:
-        """Return the cached copy of the main branch as last asked for, and which files it lacks."""
-        from huggingface_hub import get_cached_repo_tree, snapshot_download
-        from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
-
-        wanted, unwanted = list(NEEDED), list(NOT_NEEDED)
-        try:
-            found = snapshot_download(model, local_files_only=True, allow_patterns=wanted, ignore_patterns=unwanted)
-            return Path(found), []
-        except IncompleteSnapshotError as error:
-            snapshot = Path(error.snapshot_path)
-            names = [file.path for file in get_cached_repo_tree(model) if _is_wanted(file.path, NEEDED)]
-            return snapshot, [name for name in names if not (snapshot / name).is_file()]
-        except LocalEntryNotFoundError:
-            return None, []
-
     def download(self, model: str, revision: str, files: Sequence[HubFile], folder: Path | None) -> None:
         from huggingface_hub import snapshot_download
 
@@ -163,7 +137,7 @@ class _HuggingFace:
 class _ModelScope:
     """The ModelScope hub, or what MODELSCOPE_ENDPOINT names."""
 
-    name, settings = "modelscope", "MODELSCOPE_ENDPOINT"
+    settings = "MODELSCOPE_ENDPOINT"
 
     def __init__(self) -> None:
         try:
@@ -183,10 +157,6 @@ class _ModelScope:
 
     def folder(self, model: str, revision: str) -> Path:
         return Path(self._config.cache_dir) / "models" / model.replace("/", "--") / "snapshots" / revision
-
-    def cached(self, model: str) -> tuple[Path | None, list[str]]:
-        folder = self.folder(model, "master")  # what is missing in it shows when it is checked
-        return (folder if folder.is_dir() else None), []
 
     def download(self, model: str, revision: str, files: Sequence[HubFile], folder: Path | None) -> None:
         listed = [{"Path": file.name, "Size": file.size_bytes, "Sha256": file.sha256} for file in files]
@@ -220,7 +190,7 @@ def _explained(client: _HuggingFace | _ModelScope, model: str) -> Iterator[None]
             ) from error
         if "Consistency check failed" in text:
             raise CheckpointError(f"a file of {model} did not arrive whole ({text}). Fetch it again.") from error
-        cause = (error.__cause__ or error) if client.name == "huggingface" else error
+        cause = (error.__cause__ or error) if isinstance(client, _HuggingFace) else error
         raise _UnreachableError(
             f"the hub cannot be reached ({type(cause).__name__}: {_printable(cause)}). Check the network and "
             f"{client.settings}, or give a local folder."
@@ -233,28 +203,25 @@ def _printable(error: BaseException) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-# ------------------------------------------------------------------------------------------------------ fetching
-
-
 def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> FetchReport:
     """Bring a model's files here and compare each with the hub's listing (:func:`~glmlab.models.checkpoints.fetch`)."""
     started = time.perf_counter()
     if hub not in _HUBS:
         raise CheckpointError(f"hub {hub!r} is not known. Use one of {', '.join(_HUBS)}.")
     client = _HUBS[hub]()
-    command = fetch_command(model, hub, to, with_source)
+    claim = _Record(model, hub, with_source)
     try:
         with _explained(client, model):
             revision, listed = client.listing(model)
     except _UnreachableError as error:
-        folder = _copy_here(client, model, to, command, error)
+        folder = _copy_here(claim, to, error)
         names = sorted(path.name for path in folder.iterdir() if _is_wanted(path.name, NEEDED))
         here = tuple(HubFile(name, (folder / name).stat().st_size) for name in names)
-        return FetchReport(model, hub, None, folder, here, frozenset(), time.perf_counter() - started)
+        return FetchReport(model, None, folder, here, frozenset(), time.perf_counter() - started)
     wanted = choose_files(model, listed, with_source=with_source)
     folder = to or client.folder(model, revision)
     if to is not None:
-        _claim(to, _Record(model, hub, with_source, complete=False), wanted)
+        _claim(to, claim, wanted)
     missing = [file for file in wanted if _remove_damaged(folder / file.name, file)]
     _refuse_full_disk(model, folder, sum(file.size_bytes for file in missing))
     if missing:
@@ -262,7 +229,9 @@ def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> Fet
             with _explained(client, model):
                 client.download(model, revision, missing, to)
         except _UnreachableError as error:
-            raise CheckpointError(f"{model} came only in part: {error} Complete it with: {command}") from error
+            raise CheckpointError(
+                f"{model} came only in part: {error} Complete it with: {claim.command(to)}"
+            ) from error
     for file in missing:
         if damage := _remove_damaged(folder / file.name, file):
             raise CheckpointError(
@@ -270,16 +239,27 @@ def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> Fet
                 "wrong data: use another endpoint."
             )
     if to is not None:
-        _write_record(to, _Record(model, hub, with_source, complete=True))
+        _write_record(to, replace(claim, complete=True))
     fetched = frozenset(file.name for file in missing)
-    return FetchReport(model, hub, revision, folder, tuple(wanted), fetched, time.perf_counter() - started)
+    return FetchReport(model, revision, folder, tuple(wanted), fetched, time.perf_counter() - started)
 
 
 def find_cached(model: str) -> tuple[Path | None, list[str]]:
     """Return the folder of a model in Hugging Face's cache (None: nothing is there), and the files that it lacks."""
-    client = _HuggingFace()
-    with _explained(client, model):
-        return client.cached(model)
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+
+    wanted, unwanted = list(NEEDED), list(NOT_NEEDED)
+    with _explained(_HuggingFace(), model):
+        try:
+            found = snapshot_download(model, local_files_only=True, allow_patterns=wanted, ignore_patterns=unwanted)
+            return Path(found), []
+        except IncompleteSnapshotError as error:
+            folder = Path(error.snapshot_path)
+            names = [file.path for file in get_cached_repo_tree(model) if _is_wanted(file.path, NEEDED)]
+            return folder, [name for name in names if not (folder / name).is_file()]
+        except LocalEntryNotFoundError:
+            return None, []
 
 
 def locate_config(model: str) -> Path:
@@ -339,25 +319,26 @@ def _is_wanted(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, p) for p in NOT_NEEDED)
 
 
-def _copy_here(
-    client: _HuggingFace | _ModelScope, model: str, to: Path | None, command: str, error: _UnreachableError
-) -> Path:
+def _copy_here(claim: "_Record", to: Path | None, error: _UnreachableError) -> Path:
     """Return the whole copy that is here while the hub does not answer, or say what is missing."""
-    if to is None:
-        with _explained(client, model):
-            folder, missing = client.cached(model)
-        damage = f"missing: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}" if missing else ""
-    else:
+    if to is not None:
         record = _read_record(to)
-        folder = to if record and (record.model, record.hub) == (model, client.name) else None
-        damage = "" if record is None or record.complete else "its fetch did not end"
+        is_ours = record is not None and (record.model, record.hub) == (claim.model, claim.hub)
+        folder, missing = (
+            to if is_ours else None,
+            [] if record is None or record.complete else ["some files"],
+        )
+    else:
+        folder, missing = find_cached(claim.model) if claim.hub == "huggingface" else (None, [])
     if folder is None:
         raise CheckpointError(
-            f"{model} is not on this machine and {error} A model of data/configs can be built with weights='random'."
+            f"{claim.model} is not on this machine and {error} A model of data/configs can be built with "
+            "weights='random'."
         ) from error
-    if damage:
+    if missing:
         raise CheckpointError(
-            f"{model} is a half-download ({damage}), and {error} Once the hub answers, complete it with: {command}"
+            f"{claim.model} is a half-download ({', '.join(missing[:3])} missing), and {error} Once the hub answers, "
+            f"complete it with: {claim.command(to)}"
         ) from error
     return folder
 
@@ -401,15 +382,16 @@ class _Record:
     model: str
     hub: str
     with_source: bool
-    complete: bool
+    complete: bool = False
+
+    def command(self, folder: Path | None) -> str:
+        return fetch_command(self.model, self.hub, folder, self.with_source)
 
 
 def fetched_with(folder: Path) -> tuple[str, bool]:
     """Return the command that fetched a folder ("" where none is recorded), and whether the fetch ended."""
     record = _read_record(folder)
-    if record is None:
-        return "", True
-    return fetch_command(record.model, record.hub, folder, record.with_source), record.complete
+    return ("", True) if record is None else (record.command(folder), record.complete)
 
 
 def _claim(to: Path, claim: _Record, wanted: Sequence[HubFile]) -> None:

@@ -195,7 +195,7 @@ class TestResume:
             fetch(MODEL)
         with monkeypatch.context() as patched:
             patched.setattr(constants, "HF_HUB_OFFLINE", True)
-            named = rf"{MODEL} is a half-download \(missing: .*{SHARDS[1]}.*complete it with: glmlab fetch {MODEL}$"
+            named = rf"{MODEL} is a half-download \({SHARDS[1]} missing\).*complete it with: glmlab fetch {MODEL}$"
             with pytest.raises(CheckpointError, match=named):
                 load_model(MODEL)
         hub.status.clear()
@@ -365,7 +365,7 @@ class TestFolder:
             fetch(MODEL, to=here / "to")
         record = json.loads((here / "to" / RECORD).read_text())
         (here / "to" / RECORD).write_text(json.dumps({**record, "complete": False}))
-        with pytest.raises(CheckpointError, match=r"half-download \(its fetch did not end\).*complete it with: glmlab"):
+        with pytest.raises(CheckpointError, match=r"half-download \(some files missing\).*complete it with: glmlab"):
             fetch(MODEL, to=here / "to")
         with pytest.raises(CheckpointError, match="is not on this machine and the hub cannot be reached"):
             fetch(MODEL, to=here / "elsewhere")
