@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import importlib.util
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from fake_gpu import FakeDriver, build_library, install_driver
 from weather import TOOL_PROMPT, WEATHER_TOOL
 
 from glmlab import load_model
-from glmlab.core.resources import data_path
+from glmlab.core.resources import data_path, environment_variable
 from glmlab.forecast.forecast import Forecast
 from glmlab.generation.chat import ChatSession
 from glmlab.models.loading import LoadedModel
@@ -52,6 +53,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def _one_thread() -> None:
     """One thread: with more, matrix products add up in another order and exact comparisons end."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _trace_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache of traces for all tests, also of several workers; the user's own stays as it is."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with environment_variable("GLMLAB_CACHE", str(folder / "glmlab-cache")):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -56,10 +56,8 @@ def main(recorded_file: Path) -> Path:
         precision="int4",
         kv_bytes_per_token=28672,
         context_limit=8192,
-        later_prompt_min=2,
         description="modelling and quantisation code of December 2023, .quantize(bits=4, device='cuda').cuda(), "
         "stream_chat turns that pass past_key_values on, top-p 0.8, temperature 0.8; recorded on the meta device",
-        workload={"attention": "sdpa", "cache": "tuple of tensors, concatenated", "batch": 1},
         versions={"torch": "2.13.0", "transformers": "5.23.0"},
         effects={
             "cublas-workspace": "8,519,680 B at the first matmul of the process",

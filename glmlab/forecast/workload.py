@@ -25,9 +25,9 @@ CHOICES = {
     "attention": ("sdpa", "eager"),
     "weights": ("checkpoint", "random"),
     "cache": ("dynamic", "static"),
-    "keeps": ("logits", "previous cache"),
+    "keeps": ("logits",),
     "empty_cache": ("load", "turn"),
-    "architecture": ("", "volta", "turing", "ampere", "ada", "hopper", "blackwell"),
+    "architecture": ("volta", "turing", "ampere", "ada", "hopper", "blackwell"),
 }
 """Values of the fields that have only a few."""
 
@@ -61,20 +61,19 @@ class Workload:
     static_tokens: int = 0  # length of a static cache; 0 = the context that the turns reach
     batch: int = 1
     turns: tuple[Turn, ...] = (Turn(DEFAULT_PROMPT, 100),)
-    keeps: tuple[str, ...] = ()  # what the caller holds on to between steps and turns
+    keeps: tuple[str, ...] = ()  # "logits": the caller holds those of the last step
     all_logits: bool = False  # the prefill computes logits of every token, not of the last alone
     architecture: str = ""  # of the GPU; "" = the card's, else DEFAULT_ARCHITECTURE
     card: Card | None = None
     cuda_context_mib: float | None = None  # None = the card's, else an assumption that the forecast names
     empty_cache: tuple[str, ...] = ()  # moments of torch.cuda.empty_cache(): after "load", after every "turn"
-    without_effects: tuple[str, ...] = ()  # names of cuda_rules.EFFECTS that are switched off
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
             given = getattr(self, name)
             for value in given if isinstance(given, tuple | list) else (given,):
-                if value not in known:
-                    raise ForecastError(f"{name}={value!r} is not known. Use one of {', '.join(filter(None, known))}.")
+                if value not in known and not (name == "architecture" and value == ""):
+                    raise ForecastError(f"{name}={value!r} is not known. Use one of {', '.join(known)}.")
         if self.batch < 1:
             raise ForecastError(f"batch={self.batch}: at least one sequence is needed.")
         if self.static_tokens < 0:
@@ -126,8 +125,8 @@ class Workload:
             keeps=self.keeps,
             all_logits=self.all_logits,
             architecture=self.gpu_architecture,
-            without_effects=self.without_effects,
             dequantise_4bit=self.precision == "int4" and longest_prefill_rows > FUSED_4BIT_ROWS,
+            one_token_prompts=any(turn.prompt == 1 for turn in self.turns),
         )
 
     def prepare(self, trace: AllocationTrace) -> AllocationTrace:
@@ -168,20 +167,6 @@ def resolve_model(model: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         config = read_config_json(find_config(model))
         name = str(config.get("_name_or_path") or model)
     return name.rsplit("/", 1)[-1], config
-
-
-def beyond_limit(name: str, tokens: int, limit: int) -> str:
-    """Says that a context is longer than the model is made for (0: not stated); "" where it is not.
-
-    Example:
-        >>> beyond_limit("llama-2-7b", 5000, 4096)
-        "the turns reach 5,000 tokens, but llama-2-7b is made for 4,096 (its config's max_position_embeddings)."
-    """
-    if not limit or tokens <= limit:
-        return ""
-    return (
-        f"the turns reach {tokens:,} tokens, but {name} is made for {limit:,} (its config's max_position_embeddings)."
-    )
 
 
 def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, ...]:

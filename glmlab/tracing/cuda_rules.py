@@ -1,22 +1,23 @@
-"""What the meta device cannot show of a CUDA device: one table, each entry with its source and its size.
+"""Where a CUDA device allocates differently from the meta device: one table, each entry with its source and its size.
 
 The meta device runs PyTorch's operations by shape alone. A GPU differs where a kernel allocates memory of its own, or
-where one kernel does what the meta device does in several operations. :data:`EFFECTS` lists what is modelled (each
-entry can be switched off by name) and :data:`NOT_MODELLED` what is left out, with an upper bound.
+where one kernel replaces several operations. :data:`EFFECTS` lists what is modelled, :data:`NOT_MODELLED` what is left
+out, with an upper bound.
 """
 
-from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from glmlab.core.units import MIB
-from glmlab.tracing.recorder import META, AllocationRecorder, OperationRule
+from glmlab.tracing.recorder import META, AllocationRecorder, Rule
+from glmlab.tracing.trace import TraceSettings
 
 aten = torch.ops.aten
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
 
 
 class Effect(NamedTuple):
@@ -64,7 +65,7 @@ EFFECTS: dict[str, Effect] = {
         "bitsandbytes/backends/cuda/ops.py, gemm_4bit and _dequant_linear_fallback",
     ),
 }
-"""Modelled; ``TraceSettings.without_effects`` switches entries off by name."""
+"""Modelled."""
 
 NOT_MODELLED: dict[str, Effect] = {
     "flash-split-kv": Effect(
@@ -97,59 +98,42 @@ CUBLAS_WORKSPACE_BYTES = 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 * MIB
 
 
-@dataclass
 class DeviceRules:
-    """The effects as rules of a recorder, for one GPU architecture.
+    """The effects as rules of a recorder, for one GPU architecture."""
 
-    A trace holds for prompts of any length, but whether a prefill dequantises 4-bit weights depends on that length. So
-    ``dequantise_4bit`` says it for every prefill of the run: its longest prompt times ``batch`` is more than
-    :data:`FUSED_4BIT_ROWS` rows. A decode step has ``batch`` rows, whatever the prompts are.
-    """
-
-    architecture: str
-    without: frozenset[str] = frozenset()
-    dequantise_4bit: bool = False
-    batch: int = 1
-    workspace: int | None = None  # number of the workspace's allocation, once there is one
-
-    def operations(self) -> dict[Any, OperationRule]:
+    def __init__(self, settings: TraceSettings) -> None:
+        self.settings = settings
+        self.workspace: int | None = None  # number of the workspace's allocation, once there is one
+        self.functions: dict[str, Rule] = {"scaled_dot_product_attention": self._attention, "softmax": _softmax}
+        """Rules by function of torch.nn.functional."""
+        products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+        self.operations: dict[Any, Rule] = dict.fromkeys(products, self._matmul)
         """Rules by ATen operation."""
-        rules: dict[Any, OperationRule] = {}
-        if "cublas-workspace" not in self.without:
-            rules |= dict.fromkeys(
-                (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default), self._matmul
-            )
-        import bitsandbytes  # noqa: F401 - registers the operations below
+        if settings.precision in ("int8", "int4"):
+            import bitsandbytes  # noqa: F401 - takes a second or two, and registers the operations below
 
-        library = torch.ops.bitsandbytes
-        rules[library.int8_vectorwise_quant.default] = self._int8_quantise
-        rules[library.int8_mixed_scaled_mm.default] = self._int8_product
-        rules[library.gemm_4bit.default] = self._product_4bit
-        return rules
+            library = torch.ops.bitsandbytes
+            self.operations |= {
+                library.int8_vectorwise_quant.default: _int8_quantise,
+                library.int8_mixed_scaled_mm.default: _int8_product,
+                library.gemm_4bit.default: self._product_4bit,
+            }
 
-    def functions(self) -> dict[Any, OperationRule]:
-        """Rules by torch function."""
-        rules: dict[Any, OperationRule] = {}
-        if "fused-attention" not in self.without:
-            rules[F.scaled_dot_product_attention] = self._attention
-        if "softmax-dtype" not in self.without:
-            rules[F.softmax] = self._softmax
-        return rules
+    def begin_process(self, recorder: AllocationRecorder) -> None:
+        """What follows stands for a fresh process: cuBLAS has no workspace yet."""
+        if self.workspace is not None:
+            recorder.free(self.workspace)
+            self.workspace = None
 
-    def _matmul(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _matmul(self, recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
         if self.workspace is None and not recorder.paused and args[0].device.type == "meta":
-            is_large = self.architecture in ("hopper", "blackwell")
+            is_large = self.settings.architecture in ("hopper", "blackwell")
             n_bytes = CUBLAS_WORKSPACE_BYTES_HOPPER if is_large else CUBLAS_WORKSPACE_BYTES
             self.workspace = recorder.allocate(n_bytes, "cuBLAS workspace")
+            recorder.owners[self.workspace] = "workspace"
         return NotImplemented
 
-    def _softmax(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        source = args[0]
-        if source.device.type == "meta" and source.dtype == torch.float16 and kwargs.get("dtype") == torch.float32:
-            return torch.empty(source.shape, dtype=torch.float32, device=META)
-        return NotImplemented
-
-    def _attention(self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _attention(self, recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
         """Output (batch, heads, tokens, head_dim), laid out as (batch, tokens, heads, head_dim)."""
         query, key = args[:2]
         if query.device.type != "meta":
@@ -161,7 +145,7 @@ class DeviceRules:
         batch, heads, tokens, head_dim = query.shape
         if heads % key.shape[1] or key.shape[0] != batch or key.shape[-1] != head_dim:
             raise ValueError(f"attention of {heads} query heads of {head_dim} over {key.shape[1]} of {key.shape[-1]}")
-        if backend == "efficient" and mask is not None and "attention-mask" not in self.without:
+        if backend == "efficient" and mask is not None:
             mask = _efficient_mask(mask, query.dtype)
         output = torch.empty(batch, tokens, heads, head_dim, dtype=query.dtype, device=META)
         if backend == "flash":
@@ -170,56 +154,57 @@ class DeviceRules:
 
     def _backend(self, query: Tensor, key: Tensor, mask: Tensor | None, grouped: bool) -> str:
         is_half = query.dtype in (torch.float16, torch.bfloat16)
-        has_flash = self.architecture not in ("volta", "turing")
+        has_flash = self.settings.architecture not in ("volta", "turing")
         if has_flash and is_half and mask is None and query.shape[-1] <= 256:
             return "flash"
         return "math" if grouped and query.shape[1] != key.shape[1] else "efficient"
 
-    def _int8_quantise(
-        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        source = args[0]
-        threshold = kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
-        scales = torch.empty(prod(source.shape[:-1]), dtype=torch.float32, device=META)
-        recorder.see(scales, "int8_vectorwise_quant scales")
-        rows = torch.empty(source.shape, dtype=torch.int8, device=META)
-        recorder.see(rows, "int8_vectorwise_quant")
-        if threshold == 0.0:
-            return rows, scales, None
-        if "bnb-int8" not in self.without:
-            n = source.numel()
-            recorder.temporary("int8_vectorwise_quant outliers", n * source.element_size(), n)
-        return rows, scales, torch.empty(0, dtype=torch.int64, device=META)
-
-    def _int8_product(
-        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        source, rows, weight = args[:3]
-        shape = (*rows.shape[:-1], weight.shape[0])
-        products = torch.empty(shape, dtype=torch.int32, device=META)
-        if "bnb-int8" not in self.without:
-            recorder.see(products, "int8_linear_matmul")
-        scaled = torch.empty(shape, dtype=torch.float16, device=META)
-        recorder.see(scaled, "int8_mm_dequant")
-        if source.dtype == torch.float16:
-            return scaled, torch.empty(0, dtype=source.dtype, device=META)
-        output = torch.empty(shape, dtype=source.dtype, device=META)
-        recorder.see(output, "int8_mm_dequant")
-        return output, torch.empty(0, dtype=source.dtype, device=META)
-
-    def _product_4bit(
-        self, recorder: AllocationRecorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _product_4bit(self, recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
         source, _, (out_features, in_features) = args[:3]
         rows = source.numel() // in_features
-        is_prefill = rows > self.batch
-        dequantises = self.dequantise_4bit if is_prefill else rows > FUSED_4BIT_ROWS
-        if dequantises and "bnb-4bit-dequantise" not in self.without:
+        # a trace holds for prompts of any length: the settings say whether its prefills dequantise
+        is_prefill = rows > self.settings.batch
+        dequantises = self.settings.dequantise_4bit if is_prefill else rows > FUSED_4BIT_ROWS
+        if dequantises:
             weight = torch.empty(out_features, in_features, dtype=source.dtype, device=META)
             recorder.see(weight, "dequantize_4bit")
         output = torch.empty(*source.shape[:-1], out_features, dtype=source.dtype, device=META)
         recorder.see(output, "gemm_4bit")
         return output
+
+
+def _int8_quantise(recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    source = args[0]
+    threshold = kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
+    scales = torch.empty(prod(source.shape[:-1]), dtype=torch.float32, device=META)
+    recorder.see(scales, "int8_vectorwise_quant scales")
+    rows = torch.empty(source.shape, dtype=torch.int8, device=META)
+    recorder.see(rows, "int8_vectorwise_quant")
+    if threshold == 0.0:
+        return rows, scales, None
+    n = source.numel()
+    recorder.temporary("int8_vectorwise_quant outliers", n * source.element_size(), n)
+    return rows, scales, torch.empty(0, dtype=torch.int64, device=META)
+
+
+def _int8_product(recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    source, rows, weight = args[:3]
+    shape = (*rows.shape[:-1], weight.shape[0])
+    products = torch.empty(shape, dtype=torch.int32, device=META)
+    recorder.see(products, "int8_linear_matmul")
+    scaled = output = torch.empty(shape, dtype=torch.float16, device=META)
+    recorder.see(scaled, "int8_mm_dequant")
+    if source.dtype != scaled.dtype:
+        output = torch.empty(shape, dtype=source.dtype, device=META)
+        recorder.see(output, "int8_mm_dequant")
+    return output, torch.empty(0, dtype=source.dtype, device=META)
+
+
+def _softmax(recorder: AllocationRecorder, func: Any, args: Args, kwargs: Kwargs) -> Any:
+    source = args[0]
+    if source.device.type == "meta" and source.dtype == torch.float16 and kwargs.get("dtype") == torch.float32:
+        return torch.empty(source.shape, dtype=torch.float32, device=META)
+    return NotImplemented
 
 
 def _efficient_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,15 +1,16 @@
-"""The loading of a checkpoint as transformers does it on a GPU, recorded on the meta device.
+"""The loading of a model as transformers does it on a GPU, recorded on the meta device.
 
-transformers' own ``convert_and_load_state_dict_in_model`` runs, over a checkpoint whose tensors have shapes and no
-content: the order of the tensors (sorted by name across all shards), their conversion (the fused query_key_value of
-ChatGLM3 is split into three views of one tensor), and quantisation on load by bitsandbytes, tensor by tensor. Before it
-comes the warm-up block: transformers asks for the size of the whole model at once and gives it back, so that all large
-weights lie in one segment.
+transformers' own ``convert_and_load_state_dict_in_model`` runs over a checkpoint whose tensors have shapes and no
+content: it decides the order of the tensors (sorted by name across all shards), their conversion (the fused
+query_key_value of ChatGLM3 is split into three views of one tensor), and bitsandbytes quantises tensor by tensor.
+Before that transformers asks for one block as large as the whole model and frees it, so that all large weights lie in
+one segment.
 """
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from glmlab.models.placement import (
     FLOAT_PRECISIONS,
     build_random_float,
     component_of,
-    dtype_beside,
     fill_random_quantised,
     own_tensors,
     quantisation_state_of,
@@ -36,14 +36,8 @@ from glmlab.models.placement import (
 from glmlab.tracing.recorder import META, AllocationRecorder
 from glmlab.tracing.trace import WARM_UP, TraceError
 
-OWNER_OF_COMPONENT = {
-    "attention": "weights_attention",
-    "MLP": "weights_mlp",
-    "embedding": "weights_embedding",
-    "head": "weights_head",
-    "norms": "weights_norms",
-    "other": "weights_norms",
-}
+_OWNERS = {"MLP": "weights_mlp", "other": "weights_norms"}
+"""Owners of a model's components whose name is not theirs after "weights_"."""
 
 
 class _CheckpointTensor:
@@ -54,11 +48,6 @@ class _CheckpointTensor:
 
     def __getitem__(self, _: Any) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device="cpu")
-
-
-def dtype_of(config: Any, precision: str) -> torch.dtype:
-    """The dtype of everything that is not quantised on a GPU."""
-    return dtype_beside(config, precision, torch.device("cuda"))
 
 
 def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
@@ -81,14 +70,13 @@ def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, store
         }
         with local_torch_dtype(dtype):
             quantizer = _quantizer(model, precision, dtype)
-    device_map = {"": META}
     names = dict.fromkeys(model.state_dict(), META)
     warm_up_bytes = int(get_total_byte_count(model, names, quantizer)[META]) // 2 * 2
     recorder.temporary(WARM_UP, warm_up_bytes)
     # in this thread alone: the recorder does not see others, and the order is then that of the names
-    with _quantising_on_meta(), environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
+    with _quantising_on_meta(precision), environment_variable("HF_DEACTIVATE_ASYNC_LOAD", "1"):
         load_config = LoadStateDictConfig(
-            device_map=device_map,
+            device_map={"": META},
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),
             hf_quantizer=quantizer,
@@ -111,32 +99,35 @@ def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, store
 
 
 def build_random_on_meta(recorder: AllocationRecorder, config: Any, precision: str, dtype: torch.dtype) -> Any:
-    """Build a model with random weights as :func:`~glmlab.models.loading.load_model` does; return it.
-
-    Args:
-        recorder: its current row is the loading.
-        config: of the model.
-        precision: as in :class:`~glmlab.tracing.trace.TraceSettings`.
-        dtype: of everything that is not quantised.
-    """
+    """Build a model with random weights as :func:`~glmlab.models.loading.load_model` does; arguments as above."""
     if precision in FLOAT_PRECISIONS:
         return build_random_float(config, dtype, META)
     with recorder.pause():
         skeleton = quantised_skeleton(config, precision, dtype)
-    with _quantising_on_meta():
+    with _quantising_on_meta(precision):
         return fill_random_quantised(skeleton, config, dtype, META)
 
 
-def owner_of_loaded(recorder: AllocationRecorder, model: nn.Module) -> dict[int, str]:
-    """Owner of every allocation that holds a parameter, a buffer or quantisation state of the loaded model."""
-    owners: dict[int, str] = {}
+def note_owners(recorder: AllocationRecorder, model: nn.Module) -> None:
+    """Note the owner of every allocation that loading leaves behind.
+
+    Raises:
+        TraceError: one that no parameter, buffer or quantisation state of the model holds.
+    """
     for path, module in model.named_modules():
         for _, tensor in own_tensors(module):
             for state in quantisation_state_of(module, tensor):
-                owners.setdefault(recorder.number_of(state), "quantisation_state")
-            owners[recorder.number_of(tensor)] = OWNER_OF_COMPONENT[component_of(path)]
-    owners.pop(-1, None)
-    return owners
+                recorder.owners.setdefault(recorder.number_of(state), "quantisation_state")
+            component = component_of(path)
+            recorder.owners[recorder.number_of(tensor)] = _OWNERS.get(component, f"weights_{component}")
+    for number in recorder.live():
+        left = recorder.allocations[number]
+        if number not in recorder.owners and left.n_bytes > 4096:  # bitsandbytes keeps its code tables in a global
+            raise TraceError(
+                f"after loading, {left.n_bytes} B of {left.operation} are alive that no tensor of the model holds. "
+                "Please report this."
+            )
+        recorder.owners.setdefault(number, "quantisation_state")
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -165,8 +156,11 @@ def _quantizer(model: Any, precision: str, dtype: torch.dtype) -> Any:
 
 
 @contextlib.contextmanager
-def _quantising_on_meta() -> Iterator[None]:
+def _quantising_on_meta(precision: str) -> Iterator[None]:
     """Let bitsandbytes quantise on its way to "meta", which it takes for a model without weights otherwise."""
+    if precision in FLOAT_PRECISIONS:
+        yield
+        return
     from bitsandbytes.nn import Int8Params, Params4bit
 
     to_4bit, to_int8 = Params4bit.to, Int8Params.to
@@ -180,8 +174,5 @@ def _quantising_on_meta() -> Iterator[None]:
         # Int8Params._quantize, whose last step (self.data = CB) PyTorch refuses from host to meta
         return quantised_int8(self.data.contiguous().to(device=META, dtype=torch.float16))
 
-    Params4bit.to, Int8Params.to = quantise_4bit, quantise_int8
-    try:
+    with patch.object(Params4bit, "to", quantise_4bit), patch.object(Int8Params, "to", quantise_int8):
         yield
-    finally:
-        Params4bit.to, Int8Params.to = to_4bit, to_int8

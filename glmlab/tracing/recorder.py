@@ -1,22 +1,23 @@
 """Records what PyTorch would allocate on a CUDA device, with the meta device in its place.
 
-Two modes watch the code that runs: :class:`_Storages` sees every operation and takes a new storage for an allocation
-and its death for a free; :class:`_CudaOnMeta` sends what is meant for "cuda" to "meta" and hands operations to
-:mod:`glmlab.tracing.cuda_rules` where the meta device would tell another story than a GPU. Meta tensors have
-shapes and no data, so a model of any size runs in a few megabytes.
+Meta tensors have shapes and no data, so a model of any size runs in a few megabytes. A dispatch mode sees every
+operation: a new storage is an allocation, its death a free. Where a GPU does something else than the meta device, a
+rule of :mod:`glmlab.tracing.cuda_rules` takes the operation's place.
 
 A record is a list of rows (loading, a step, the end of a turn), each a list of events in order.
 """
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
@@ -42,21 +43,29 @@ class Row:
     turn_tokens: int
     events: list[int] = field(default_factory=list)
     slots: int = 0
+    is_step: bool = False
+    carried: tuple[int, ...] = ()  # allocations that the turn would carry over, were this step its last
 
 
 class AllocationRecorder:
-    """The record: rows of events, and every allocation by number."""
+    """The record: rows of events, every allocation by number, and the owners of those that live on."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.allocations: list[Allocation] = []
+        self.owners: dict[int, str] = {}  # of allocations; one that is not here is an activation
         self.module = ""
-        self.paused = 0
+        self.paused = False
         self._ids: dict[int, tuple[int, weakref.ref[Any]]] = {}  # storage -> (allocation or -1, its weak reference)
 
-    def begin(self, section: str, turn: int = 0, context: int = 0, turn_tokens: int = 0) -> None:
+    def begin(self, section: str, turn: int = 0, context: int = 0, turn_tokens: int = 0) -> Row:
         """Start a row; what follows belongs to it."""
         self.rows.append(Row(section, turn, context, turn_tokens))
+        return self.rows[-1]
+
+    def run_in(self, path: str) -> None:
+        """What follows is asked for by the module of this path."""
+        self.module = path
 
     def allocate(self, n_bytes: int, operation: str) -> int:
         """Note an allocation; return its number."""
@@ -107,50 +116,72 @@ class AllocationRecorder:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Storages born within are not recorded, nor is their death (they stand for host memory)."""
-        self.paused += 1
+        self.paused = True
         try:
             yield
         finally:
-            self.paused -= 1
+            self.paused = False
 
 
-OperationRule = Callable[[AllocationRecorder, Any, tuple[Any, ...], dict[str, Any]], Any]
+Rule = Callable[[AllocationRecorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """``rule(recorder, func, args, kwargs) -> result``; NotImplemented leaves the operation to PyTorch."""
+
+
+@contextlib.contextmanager
+def record_allocations(
+    recorder: AllocationRecorder,
+    *,
+    operations: Mapping[Any, Rule] | None = None,
+    functions: Mapping[str, Rule] | None = None,
+) -> Iterator[AllocationRecorder]:
+    """Record everything within; rules by ATen operation, and by name of a function of ``torch.nn.functional``.
+
+    A function that PyTorch composes of operations cannot be replaced below its name.
+    """
+
+    def with_rule(func: Any, rule: Rule) -> Callable[..., Any]:
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            result = rule(recorder, func, args, kwargs)
+            return func(*args, **kwargs) if result is NotImplemented else result
+
+        return replaced
+
+    with contextlib.ExitStack() as stack:
+        for name, rule in (functions or {}).items():
+            stack.enter_context(patch.object(F, name, with_rule(getattr(F, name), rule)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_Storages(recorder, operations or {}))
+        yield recorder
 
 
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every new storage on the device is an allocation."""
 
-    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
+    def __init__(self, recorder: AllocationRecorder, rules: Mapping[Any, Rule]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorder, self.rules = recorder, rules
         self.names: dict[Any, str] = {}
-        self.is_fresh: dict[Any, bool] = {}
         self.results: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = self.names.get(func)
-        if name is None:
-            name = self.names[func] = str(func)
+        if func not in self.names:
+            self.names[func] = str(func)
         rule = self.rules.get(func)
         result = NotImplemented if rule is None else rule(self.recorder, func, args, kwargs)
         if result is NotImplemented:
             result = self._run(func, args, kwargs)
         if isinstance(result, Tensor):
-            self.recorder.see(result, name)
+            self.recorder.see(result, self.names[func])
         elif isinstance(result, (tuple, list)):
             for part in result:
                 if isinstance(part, Tensor):
-                    self.recorder.see(part, name)
+                    self.recorder.see(part, self.names[func])
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operation, or make anew what it gave for arguments of the same shapes: layers repeat each other."""
-        fresh = self.is_fresh.get(func)
-        if fresh is None:
-            fresh = self.is_fresh[func] = _gives_fresh_tensor(func)
-        if not fresh:
+        if not _gives_fresh_tensor(func):
             return func(*args, **kwargs)
         try:
             key = (func, _signature(args), _signature(tuple(kwargs.items())))
@@ -169,6 +200,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+@functools.cache
 def _gives_fresh_tensor(func: Any) -> bool:
     """Whether an operation's only result is one tensor that shares memory with no argument."""
     schema = func._schema
@@ -192,68 +224,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
-
-
-class _CudaOnMeta(TorchFunctionMode):
-    """Sends "cuda" to "meta", and functions to the rules that know them."""
-
-    def __init__(self, recorder: AllocationRecorder, rules: dict[Any, OperationRule]) -> None:
-        super().__init__()
-        self.recorder, self.rules = recorder, rules
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": META}
-        if func is Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], META, *args[2:])
-        rule = self.rules.get(func)
-        if rule is not None:
-            result = rule(self.recorder, func, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        return func(*args, **kwargs)
-
-
-@contextlib.contextmanager
-def record_allocations(
-    recorder: AllocationRecorder,
-    *,
-    operations: dict[Any, OperationRule] | None = None,
-    functions: dict[Any, OperationRule] | None = None,
-) -> Iterator[AllocationRecorder]:
-    """Record everything within; ``operations`` and ``functions`` are rules by ATen operation and by torch function."""
-    with torch.no_grad(), _CudaOnMeta(recorder, functions or {}), _Storages(recorder, operations or {}):
-        yield recorder
-
-
-@contextlib.contextmanager
-def module_paths(recorder: AllocationRecorder, model: nn.Module) -> Iterator[None]:
-    """While within, the recorder knows which module of ``model`` is running."""
-    stack: list[str] = [recorder.module]
-    handles = []
-    for path, module in model.named_modules():
-        if path:
-
-            def enter(*_: object, path: str = path) -> None:
-                stack.append(path)
-                recorder.module = path
-
-            def leave(*_: object) -> None:
-                stack.pop()
-                recorder.module = stack[-1]
-
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        recorder.module = stack[0]
-
-
-def _is_cuda(device: Any) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return (isinstance(device, str) and device.startswith("cuda")) or type(device) is int

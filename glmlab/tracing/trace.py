@@ -1,13 +1,14 @@
-"""An allocation trace: every allocation and free of a model's run, free in its turns, and its file.
+"""An allocation trace parametrised by the conversation, and its file format.
 
 A trace is an :class:`~glmlab.allocator.program.EventProgram` whose sections have fixed names, with a label for every
-allocation (operation, module path, layer) and a few facts about the model. It knows no turns:
-:meth:`AllocationTrace.schedule` lays any conversation out over the sections.
+allocation (operation, module path, layer) and a few facts about the model. :meth:`AllocationTrace.schedule` lays any
+conversation out over the sections.
 
 Sections
     ``load``; then for the first turn ``first.prefill``, ``first.step2``, ``first.step3`` and for later turns
     ``later.*``; ``steady`` for every step from the fourth on; ``first.end`` and ``later.end`` for what is freed when
-    a turn ends (``.end1`` and ``.end2`` for turns of one or two steps).
+    a turn ends (``.end1`` and ``.end2`` for turns of one or two steps). A prompt of one token runs other operations:
+    ``first-one`` and ``later-one`` have their own ``.prefill``, ``.step2`` and ``.end1``.
 
 Steps
     A turn of p prompt tokens and a generated tokens is a steps: the prefill reads p tokens and gives the first token,
@@ -18,11 +19,13 @@ Owners
     What the bytes of an allocation are for, one of :data:`OWNERS`.
 
 File
-    One ``.npz`` without pickle: the arrays of the program, ``labels`` (operation, module path), ``label_of_event``,
-    ``layer_of_event`` and ``facts`` (JSON).
+    One ``.npz`` without pickle: the arrays of the program, ``label_of_event``, ``layer_of_event``, and a ``document``
+    (JSON) with everything else.
 """
 
+import io
 import json
+import operator
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -35,23 +38,17 @@ import numpy.typing as npt
 
 from glmlab.allocator.program import ALLOCATE, EventProgram, EventProgramError, Int64Array
 from glmlab.core.errors import GlmlabError
+from glmlab.core.files import write_atomically
 from glmlab.core.resources import data_path
 from glmlab.core.units import MIB, format_bytes
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file format; a file of another version is refused."""
 
 WEIGHT_OWNERS = ("weights_attention", "weights_mlp", "weights_embedding", "weights_head", "weights_norms")
 """Owners of the model's parameters, by kind; biases count to their layer, buffers (rotary tables) to the norms."""
 
-OWNERS = (
-    "activations",
-    "workspace",
-    *WEIGHT_OWNERS,
-    "quantisation_state",
-    "kv_cache",
-    "kept_outputs",
-)
+OWNERS = ("activations", "workspace", *WEIGHT_OWNERS, "quantisation_state", "kv_cache", "kept_outputs")
 """What allocated bytes are for. Every trace has these owners in this order."""
 
 WARM_UP = "loader's warm-up block"
@@ -60,12 +57,11 @@ WARM_UP = "loader's warm-up block"
 MOST_BYTES = 64 * MIB
 """Most that the arrays of a trace file may have together; the largest known has 2 MiB."""
 
-STEP_NAMES = ("prefill", "step2", "step3")
 STEADY = "steady"
 
 
 class TraceError(GlmlabError):
-    """A trace that cannot be read, written or laid out over a conversation: says what and how to mend it."""
+    """A trace that cannot be made, read, or laid out over a conversation: says why, and how to fix it."""
 
 
 class Turn(NamedTuple):
@@ -77,7 +73,7 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True)
 class TraceSettings:
-    """Everything that shapes a trace: a model and how it runs, not how long its conversation is."""
+    """Everything that shapes a trace: a model and how it runs, but not how long its conversation is."""
 
     config: Mapping[str, Any]  # the fields of config.json
     name: str  # of the model
@@ -87,15 +83,30 @@ class TraceSettings:
     cache: str = "dynamic"  # or "static"
     static_tokens: int = 0  # length of a static cache
     batch: int = 1
-    keeps: tuple[str, ...] = ()  # what the caller holds on to between steps and turns
+    keeps: tuple[str, ...] = ()  # "logits": the caller holds those of the last step
     all_logits: bool = False  # the prefill computes logits of every token, not of the last alone
     architecture: str = "ada"  # of the GPU
-    without_effects: tuple[str, ...] = ()  # names of cuda_rules.EFFECTS that are switched off
-    dequantise_4bit: bool = False  # prefills have so many rows that bitsandbytes unpacks 4-bit weights first
+    dequantise_4bit: bool = False  # prefills have so many rows that bitsandbytes dequantises 4-bit weights first
+    one_token_prompts: bool = False  # a prompt may have a single token
 
 
-@dataclass(frozen=True)
-class Request:
+def turn_sections(turn: Turn, *, is_first: bool) -> list[str]:
+    """Names of a turn's sections: one for each step, then its end.
+
+    Example:
+        >>> turn_sections(Turn(8, 5), is_first=True)
+        ['first.prefill', 'first.step2', 'first.step3', 'steady', 'steady', 'first.end']
+        >>> turn_sections(Turn(1, 2), is_first=False)
+        ['later-one.prefill', 'later-one.step2', 'later.end2']
+    """
+    usual = "first" if is_first else "later"
+    own = f"{usual}-one" if turn.prompt == 1 else usual
+    begin = [f"{own}.prefill", f"{own}.step2", f"{usual}.step3"][: turn.generated]
+    end = {1: f"{own}.end1", 2: f"{usual}.end2"}.get(turn.generated, f"{usual}.end")
+    return [*begin, *[STEADY] * (turn.generated - len(begin)), end]
+
+
+class Request(NamedTuple):
     """Who asked for memory: operation, module path (``*`` for the layer's number), layer (-1: none), bytes."""
 
     operation: str
@@ -116,13 +127,16 @@ class TraceFacts:
     precision: str
     kv_bytes_per_token: int  # payload: 2 * layers * kv_heads * head_dim * bytes * batch
     context_limit: int  # tokens the model is made for; 0 = not stated
-    first_prompt_min: int = 1  # fewest prompt tokens of the first turn that the trace can tell
-    later_prompt_min: int = 1  # ... and of a later turn
+    longest_context: int = 0  # tokens for which the trace holds: its cache drops the oldest ones beyond; 0 = any
     warmup_size: int = -1  # row of ``sizes`` of the loader's warm-up block, which a small card caps; -1 = none
     description: str = ""
-    workload: dict[str, Any] = field(default_factory=dict)  # what of the workload shaped the trace: attention, cache, …
     versions: dict[str, str] = field(default_factory=dict)
     effects: dict[str, str] = field(default_factory=dict)  # what was modelled beside the tensors, and its source
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes_per_token", "context_limit", "longest_context", "warmup_size"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"the fact {name} is {getattr(self, name)!r}, not a whole number")
 
 
 @dataclass(frozen=True)
@@ -147,7 +161,6 @@ class AllocationTrace:
     layer_of_event: npt.NDArray[np.int32]  # (events,) -1 = none
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labels", tuple((str(op), str(module)) for op, module in self.labels))
         n_events = len(self.program.events)
         if not len(self.label_of_event) == len(self.layer_of_event) == n_events:
             raise TraceError(f"a trace of {n_events} events needs as many labels; trace the model again.")
@@ -168,33 +181,44 @@ class AllocationTrace:
         """Rows (turn, section, context, tokens of the turn): loading, then every step and end of every turn.
 
         Raises:
-            TraceError: no turn, a turn of no tokens, a prompt shorter than the trace can tell, or a section that the
-                trace does not have.
+            TraceError: no turn, a turn of no tokens, a context beyond a sliding window, or a section that the trace
+                does not have.
         """
         self._check_turns(turns)
+        number = {name: i for i, name in enumerate(self.program.section_names)}
         try:
-            return self._laid_out(turns)
+            rows = [np.array([[0, number["load"], 0, 0]], np.int64)]
+            cached = 0
+            for i, turn in enumerate(turns, start=1):
+                sections = [number[name] for name in turn_sections(turn, is_first=i == 1)]
+                last = turn.generated - 1  # a turn's end has the lengths of its last step
+                tokens = turn.prompt + np.minimum(np.arange(turn.generated + 1), last)
+                rows.append(np.column_stack([np.full_like(tokens, i), sections, cached + tokens, tokens]))
+                cached += turn.prompt + last
         except KeyError as error:
             raise TraceError(
                 f"the trace has no section {error}, which this conversation needs. Trace again."
             ) from error
+        return np.concatenate(rows)
 
-    def _laid_out(self, turns: Sequence[Turn]) -> Int64Array:
-        """The rows of :meth:`schedule`; KeyError for a section that is not there."""
-        number = {name: i for i, name in enumerate(self.program.section_names)}
-        rows = [np.array([[0, number["load"], 0, 0]], np.int64)]
-        cached = 0
-        for turn, (prompt, generated) in enumerate(turns, start=1):
-            prefix = "later" if cached else "first"
-            steps = np.arange(generated + 1)  # the last row is the turn's end, at the last step's lengths
-            sections = np.full(generated + 1, number[STEADY])
-            for i, name in enumerate(STEP_NAMES[:generated]):
-                sections[i] = number[f"{prefix}.{name}"]
-            sections[generated] = number[f"{prefix}.end" + (str(generated) if generated < len(STEP_NAMES) else "")]
-            tokens = prompt + np.minimum(steps, generated - 1)
-            rows.append(np.column_stack([np.full_like(steps, turn), sections, cached + tokens, tokens]))
-            cached += prompt + generated - 1
-        return np.concatenate(rows).astype(np.int64)
+    def _check_turns(self, turns: Sequence[Turn]) -> None:
+        if not turns:
+            raise TraceError("a conversation needs at least one turn, such as 8:100 (prompt tokens:generated tokens).")
+        for number, turn in enumerate(turns, start=1):
+            told = f"turn {number} is {turn.prompt}:{turn.generated}"
+            if turn.prompt < 1 or turn.generated < 1:
+                raise TraceError(f"{told}; prompt and generated tokens start at 1.")
+            if turn.prompt == 1 and turn_sections(turn, is_first=number == 1)[0] not in self.program.section_names:
+                raise TraceError(
+                    f"{told}, but this trace holds for prompts of at least 2 tokens there. A chat message is never "
+                    "shorter; give more prompt tokens."
+                )
+        longest, reached = self.facts.longest_context, sum(turn.prompt + turn.generated - 1 for turn in turns)
+        if longest and reached > longest:
+            raise TraceError(
+                f"the turns reach {reached:,} tokens, but {self.facts.model} has a sliding window: its cache drops the "
+                f"oldest tokens beyond {longest:,}, which a trace does not cover. Ask for {longest:,} tokens or fewer."
+            )
 
     def is_step(self, schedule: Int64Array) -> npt.NDArray[np.bool_]:
         """Which rows of a schedule are forward passes (not loading, not the end of a turn), shape (rows,)."""
@@ -208,46 +232,27 @@ class AllocationTrace:
         Raises:
             OSError: the file cannot be written.
         """
-        target = Path(path)
-        program = self.program
-        carried = [(name, len(slots)) for name, slots in program.carried.items()]
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "format": np.array(FORMAT),
-            "events": _narrow(program.events),
-            "sizes": program.sizes,
-            "section_names": np.array(program.section_names),
-            "section_start": program.section_start,
-            "carried_names": np.array([name for name, _ in carried], dtype="U64"),
-            "carried_counts": np.array([count for _, count in carried], np.int64),
-            "carried_slots": np.array([slot for slots in program.carried.values() for slot in slots], np.int64),
-            "owners": np.array(program.owners),
-            "labels": np.array(self.labels, dtype="U").reshape(-1, 2),
-            "label_of_event": _narrow(self.label_of_event),
-            "layer_of_event": _narrow(self.layer_of_event),
-            "facts": np.array(json.dumps(asdict(self.facts), ensure_ascii=False)),
+        target, program, content = Path(path), self.program, io.BytesIO()
+        document = {
+            "format": FORMAT,
+            "section_names": program.section_names,
+            "carried": program.carried,
+            "owners": program.owners,
+            "labels": self.labels,
+            "facts": asdict(self.facts),
         }
+        np.savez_compressed(
+            content,
+            events=program.events,
+            sizes=program.sizes,
+            section_start=program.section_start,
+            label_of_event=self.label_of_event,
+            layer_of_event=self.layer_of_event,
+            document=np.array(json.dumps(document, ensure_ascii=False)),
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as handle:
-                np.savez_compressed(handle, allow_pickle=False, **arrays)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(target, content.getvalue())
         return target
-
-    def _check_turns(self, turns: Sequence[Turn]) -> None:
-        if not turns:
-            raise TraceError("a conversation needs at least one turn, such as 8:100 (prompt tokens:generated tokens).")
-        for number, (prompt, generated) in enumerate(turns, start=1):
-            if prompt < 1 or generated < 1:
-                raise TraceError(f"turn {number} is {prompt}:{generated}; prompt and generated tokens start at 1.")
-            least = self.facts.first_prompt_min if number == 1 else self.facts.later_prompt_min
-            if prompt < least:
-                raise TraceError(
-                    f"turn {number} is {prompt}:{generated}, but this trace tells prompts of at least {least} tokens "
-                    "there. A chat message is never shorter; give more prompt tokens."
-                )
 
 
 def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
@@ -263,47 +268,30 @@ def read_trace(path: str | os.PathLike[str]) -> AllocationTrace:
             if n_bytes > MOST_BYTES:
                 raise ValueError(f"its arrays say that they have {format_bytes(n_bytes)}, which no trace has")
             arrays = {name: archive[name] for name in archive.files}
-        if int(arrays["format"]) != FORMAT:
+        document = json.loads(str(arrays["document"]))
+        if document["format"] != FORMAT:
             raise TraceError(
-                f"{source} has trace format {int(arrays['format'])}; this version reads {FORMAT}. Trace again."
+                f"{source} has trace format {document['format']}; this version reads {FORMAT}. Trace again."
             )
-        ends = np.cumsum(arrays["carried_counts"])
-        slots = arrays["carried_slots"].astype(np.int64, casting="safe").tolist()
         program = EventProgram(
-            events=arrays["events"].astype(np.int32),
-            sizes=arrays["sizes"],
-            section_names=tuple(arrays["section_names"].tolist()),
-            section_start=arrays["section_start"],
-            carried={
-                name: slots[end - count : end]
-                for name, count, end in zip(
-                    arrays["carried_names"].tolist(), arrays["carried_counts"].tolist(), ends.tolist(), strict=True
-                )
-            },
-            owners=tuple(arrays["owners"].tolist()),
+            arrays["events"],
+            arrays["sizes"],
+            document["section_names"],
+            arrays["section_start"],
+            {name: [operator.index(slot) for slot in slots] for name, slots in document["carried"].items()},
+            document["owners"],
         )
-        facts = _facts(json.loads(str(arrays["facts"])))
-        labels = [(operation, module) for operation, module in arrays["labels"].tolist()]
-        label_of_event, layer_of_event = (
-            arrays[name].reshape(-1).astype(np.int32) for name in ("label_of_event", "layer_of_event")
-        )
+        facts = TraceFacts(**document["facts"])
+        labels = tuple((str(operation), str(module)) for operation, module in document["labels"])
+        of_event = [arrays[name].reshape(-1).astype(np.int32) for name in ("label_of_event", "layer_of_event")]
     except FileNotFoundError:
         raise TraceError(f"{source} is not there. Give the path of a trace (.npz).") from None
     except (
-        *(OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, RecursionError),
+        *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, MemoryError, RecursionError),
         *(zipfile.BadZipFile, EventProgramError),
     ) as error:
         raise TraceError(f"{source} is not a readable allocation trace ({error}). Trace the model again.") from error
-    return AllocationTrace(program, facts, labels, label_of_event, layer_of_event)
-
-
-def _facts(document: dict[str, Any]) -> TraceFacts:
-    facts = TraceFacts(**document)
-    numbers = ("kv_bytes_per_token", "context_limit", "first_prompt_min", "later_prompt_min", "warmup_size")
-    for name in numbers:
-        if type(getattr(facts, name)) is not int:
-            raise TypeError(f"the fact {name} is {getattr(facts, name)!r}, not a whole number")
-    return facts
+    return AllocationTrace(program, facts, labels, *of_event)
 
 
 def recorded_traces() -> tuple[str, ...]:
@@ -329,11 +317,3 @@ def allocations(program: EventProgram, section: str) -> npt.NDArray[np.int64]:
     start, end = program.section_start[number], program.section_start[number + 1]
     found: npt.NDArray[np.int64] = start + np.flatnonzero(program.events[start:end, 0] == ALLOCATE)
     return found
-
-
-def _narrow(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The same integers in the smallest dtype that holds them."""
-    if array.size == 0:
-        return array
-    dtype = np.promote_types(np.min_scalar_type(int(array.min())), np.min_scalar_type(int(array.max())))
-    return array.astype(dtype)

@@ -1,23 +1,24 @@
 """Every tensor that a run allocates and frees, from a config alone: the model's own code on the meta device.
 
-What runs is what a chat runs: the checkpoint's loading as transformers does it (:mod:`glmlab.tracing.meta_loading`),
-then turns of :func:`glmlab.generation.decoding.decode_steps`, greedy, over one kept cache. Several short
-conversations are recorded; :mod:`glmlab.tracing.fitting` turns them into an :class:`AllocationTrace` that holds
-for any conversation, and refuses where sizes stop being affine in the context length or the order of events changes.
+The traced code is what a chat runs: transformers loads the checkpoint (:mod:`glmlab.tracing.meta_loading`), then
+:func:`glmlab.generation.decoding.decode_steps` answers several short conversations, greedily, each over one cache.
+:mod:`glmlab.tracing.fitting` turns the record into an :class:`AllocationTrace` that holds for any conversation, and
+refuses a model whose sizes are not affine in the context length or whose events change their order.
 
-A trace depends on its settings (config included) and on the code: it is cached by the content of both, in
-``$GLMLAB_CACHE`` or the user's cache folder.
+A trace depends on its settings (config included) and on the code: it is cached by the content of both.
 """
 
+import ast
 import contextlib
+import functools
 import gc
 import hashlib
 import importlib.metadata
 import json
 import logging
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,21 +31,13 @@ from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import cache_folder
 from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
-from glmlab.tracing import fitting
+from glmlab.models.module_paths import follow_modules
+from glmlab.models.placement import dtype_beside
 from glmlab.tracing.cuda_rules import EFFECTS, DeviceRules
-from glmlab.tracing.fitting import Step, build_trace
-from glmlab.tracing.meta_loading import build_random_on_meta, dtype_of, load_on_meta, owner_of_loaded
-from glmlab.tracing.recorder import AllocationRecorder, OperationRule, module_paths, record_allocations
-from glmlab.tracing.trace import (
-    STEADY,
-    STEP_NAMES,
-    AllocationTrace,
-    TraceError,
-    TraceFacts,
-    TraceSettings,
-    Turn,
-    read_trace,
-)
+from glmlab.tracing.fitting import BETWEEN, build_trace
+from glmlab.tracing.meta_loading import build_random_on_meta, load_on_meta, note_owners
+from glmlab.tracing.recorder import AllocationRecorder, Row, Rule, record_allocations
+from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, Turn, read_trace, turn_sections
 
 CONVERSATIONS = (
     (Turn(11, 6), Turn(17, 6), Turn(23, 1), Turn(13, 2), Turn(29, 1), Turn(101, 1), Turn(7, 3), Turn(53, 1)),
@@ -54,17 +47,23 @@ CONVERSATIONS = (
 )
 """Recorded conversations. Together they run every section, each at more lengths than its sizes have coefficients."""
 
-LONGEST = max(sum(p + a - 1 for p, a in conversation) for conversation in CONVERSATIONS)
-MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama")
-"""Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
+ONE_TOKEN_CONVERSATIONS = (
+    (Turn(1, 2), Turn(1, 2), Turn(31, 1), Turn(1, 2), Turn(97, 1), Turn(1, 2), Turn(1, 1)),
+    (Turn(1, 2),),
+    (Turn(1, 1),),
+)
+"""Recorded beside them where prompts of one token are asked for: such a prefill is another."""
 
-_CODE_FOLDERS = ("core", "models", "prompts", "generation", "tracing")
-"""Parts of the package whose code can shape a trace: an edit there makes cached traces anew."""
+LONGEST = max(sum(p + a - 1 for p, a in conversation) for conversation in CONVERSATIONS)
+MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama", "mistral")
+"""Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
 
 _LOADING = {
     "checkpoint": "loaded by from_pretrained(device_map=...)",
     "random": "built from the config with random weights",
 }
+_READ_ON_HOST = 2**20
+"""Elements of the largest tensor whose values the host may read; larger ones are weights on their way."""
 
 _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
@@ -78,8 +77,8 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
 
     Raises:
         TraceError: the config describes no model that can be built or run, sizes are not affine in the context length,
-            the order of events changes, or something stays alive that nobody is known to hold; a static cache that is
-            too short to trace, or an unknown effect.
+            the order of events changes, or something stays alive that nobody is known to hold; a static cache or a
+            sliding window that is too short to trace.
 
     Example:
         >>> from glmlab.models.checkpoints import read_config_json
@@ -88,7 +87,11 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
         >>> trace(TraceSettings(config, "ChatGLM3-6B")).facts.kv_bytes_per_token
         28672
     """
-    _check(settings)
+    if settings.cache == "static" and settings.static_tokens < LONGEST:
+        raise TraceError(
+            f"a static cache of {settings.static_tokens} tokens is shorter than the {LONGEST} tokens that tracing "
+            f"needs. Use static_tokens={LONGEST} or more."
+        )
     path = cache_folder() / f"trace-{_digest(settings)}.npz"
     if not refresh and path.is_file():
         try:
@@ -103,33 +106,35 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
     return made
 
 
-def _check(settings: TraceSettings) -> None:
-    if settings.cache == "static" and settings.static_tokens < LONGEST:
-        raise TraceError(
-            f"a static cache of {settings.static_tokens} tokens is shorter than the {LONGEST} tokens that tracing "
-            f"needs. Use static_tokens={LONGEST} or more."
-        )
-    unknown = set(settings.without_effects) - set(EFFECTS)
-    if unknown:
-        raise TraceError(f"no effect {sorted(unknown)[0]!r} to switch off. There is: {', '.join(EFFECTS)}.")
-
-
 def _digest(settings: TraceSettings) -> str:
     """Name of a trace: a digest of its settings, of the code that makes it, and of the packages' versions."""
-    digest = hashlib.sha256(json.dumps(_as_json(settings), sort_keys=True).encode())
-    package = Path(__file__).parent.parent
-    for file in sorted(file for folder in _CODE_FOLDERS for file in (package / folder).glob("*.py")):
+    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
+    for file in _code():
         digest.update(file.read_bytes())
     digest.update(json.dumps(_versions()).encode())
     return digest.hexdigest()[:24]
 
 
-def _as_json(settings: TraceSettings) -> dict[str, Any]:
-    return {
-        **asdict(settings),
-        "keeps": sorted(settings.keeps),
-        "without_effects": sorted(settings.without_effects),
-    }
+@functools.cache
+def _code() -> tuple[Path, ...]:
+    """Files of this folder and of the package that they import, directly or through others."""
+    root = Path(__file__).parent.parent.parent
+    found: set[Path] = set()
+    to_read = list(Path(__file__).parent.glob("*.py"))
+    while to_read:
+        file = to_read.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_bytes())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+            paths = [root.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("glmlab.")]
+            to_read += [path for path in paths if path.is_file()]
+    return tuple(sorted(found))
 
 
 def _versions() -> dict[str, str]:
@@ -141,7 +146,7 @@ def _record(settings: TraceSettings) -> AllocationTrace:
         config = load_config(settings.config)
         config._attn_implementation = settings.attention
         stored_dtype = config.dtype
-        config.dtype = dtype_of(config, settings.precision)
+        config.dtype = dtype_beside(config, settings.precision, torch.device("cuda"))
         model: Any = build_skeleton(config).eval()
     except GlmlabError:
         raise
@@ -150,10 +155,9 @@ def _record(settings: TraceSettings) -> AllocationTrace:
             f"{settings.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
             "sizes (hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
         ) from error
-    run = _Run(settings, model, config, stored_dtype)
     try:
         with _undisturbed():
-            return run.record()
+            return _Run(settings, model).record(stored_dtype)
     except GlmlabError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
@@ -185,14 +189,157 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-@dataclass
+class _Run:
+    """One recording: loading, then the conversations."""
+
+    def __init__(self, settings: TraceSettings, model: Any) -> None:
+        self.settings, self.model, self.config = settings, model, model.config
+        self.recorder = AllocationRecorder()
+        self.scalars = _Scalars(model.generation_config.eos_token_id)
+        self.device = DeviceRules(settings)
+        self.longest_context = _longest_context(settings.name, self.config)
+        self.kv_bytes_per_token = 0
+
+    def record(self, stored_dtype: torch.dtype | None) -> AllocationTrace:
+        """Run everything; return the trace."""
+        settings, recorder = self.settings, self.recorder
+        operations = {**self.device.operations, **self.scalars.rules()}
+        conversations = CONVERSATIONS + (ONE_TOKEN_CONVERSATIONS if settings.one_token_prompts else ())
+        recorder.begin("load")
+        with record_allocations(recorder, operations=operations, functions=self.device.functions):
+            if settings.weights == "random":
+                self.model = build_random_on_meta(recorder, self.config, settings.precision, self.model.dtype)
+            else:
+                self.model = load_on_meta(recorder, self.model, settings.precision, stored_dtype)
+            note_owners(recorder, self.model)
+            if settings.all_logits:
+                self.model._supports_logits_to_keep = lambda: False
+            with follow_modules(self.model.named_modules(), recorder.run_in, recorder.run_in):
+                for number, turns in enumerate(conversations):
+                    self._converse(100 * number, turns)
+                    self.device.begin_process(recorder)
+        return build_trace(recorder, self._facts())
+
+    def _facts(self) -> TraceFacts:
+        settings = self.settings
+        return TraceFacts(
+            model=settings.name,
+            precision=settings.precision,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            context_limit=int(self.config.max_position_embeddings),
+            longest_context=self.longest_context,
+            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
+            f"{_LOADING[settings.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
+            "meta device",
+            versions=_versions(),
+            effects={name: f"{effect.size} ({effect.source})" for name, effect in EFFECTS.items()},
+        )
+
+    def _converse(self, first_number: int, turns: Sequence[Turn]) -> None:
+        """Answer the turns of one conversation; every step is a row, and what ends a turn another."""
+        settings, recorder = self.settings, self.recorder
+        tokenizer: Any = SimpleNamespace(pad_token_id=0)  # no text is read or written,
+        report: Any = None  # and nobody asks how the model was loaded
+        loaded = LoadedModel(self.model, tokenizer, report)
+        keeps_logits = "logits" in settings.keeps
+        cache = self._new_cache()
+        cached = 0
+        for number, turn in enumerate(turns, start=first_number + 1):
+            prompt, generated = turn
+            *names, end = turn_sections(turn, is_first=cached == 0)
+            ids = [[0] * (cached + prompt)] * settings.batch
+            row = recorder.begin(names[0], number, cached + prompt, prompt)
+            steps = decoding.decode_steps(
+                loaded, ids, max_new_tokens=generated, keep=decoding.Keep(top_k=0, logits=keeps_logits), cache=cache
+            )
+            step = None  # whoever keeps logits keeps those of the turn before until now
+            for i, name in enumerate(names):
+                if i > 0:
+                    row = recorder.begin(name, number, cached + prompt + i, prompt + i)
+                self.scalars.goes_on = i < generated - 1
+                step = next(steps)
+                self._note_step(row, cache, step)
+            recorder.begin(end, number, cached + prompt + generated - 1, prompt + generated - 1)
+            if next(steps, None) is not None:
+                raise TraceError("the generation loop did not end with its last token. Please report this.")
+            if not keeps_logits:
+                del step
+            cached += prompt + generated - 1
+        recorder.begin(BETWEEN)  # the cache dies
+
+    def _new_cache(self) -> Any:
+        if self.settings.cache == "static":
+            return transformers.StaticCache(config=self.config, max_cache_len=self.settings.static_tokens)
+        return transformers.DynamicCache(config=self.config)
+
+    def _note_step(self, row: Row, cache: Any, step: Any) -> None:
+        """Note what is alive at the end of a step, and who holds it."""
+        recorder, name = self.recorder, self.settings.name
+        if step.context_length != row.context:
+            raise TraceError(
+                f"{name}: the cache counts {step.context_length} tokens where {row.context} were fed; such a cache "
+                "cannot be forecast. Please report this."
+            )
+        tensors = _tensors_of(cache)
+        self._count_bytes(tensors, row.context)
+        of_step = [value for value in (step.logits, step.chosen_probability) if isinstance(value, Tensor)]
+        kv = [recorder.number_of(tensor) for tensor in tensors]
+        kept = [recorder.number_of(tensor) for tensor in of_step] if "logits" in self.settings.keeps else []
+        row.is_step, row.carried = True, (*kv, *kept)
+        for number in recorder.live():
+            allocation = recorder.allocations[number]
+            if number in kv:
+                recorder.owners.setdefault(number, "kv_cache")
+            elif number not in recorder.owners and allocation.module:
+                raise TraceError(
+                    f"{allocation.n_bytes} B of {allocation.operation} in {allocation.module} outlive their step, and "
+                    "neither the cache nor the loop holds them: such a model cannot be forecast. Please report this."
+                )
+            else:
+                recorder.owners.setdefault(number, "kept_outputs")
+
+    def _count_bytes(self, tensors: Sequence[Tensor], context: int) -> None:
+        """Bytes that the cache holds for a token, from its tensors (batch, KV heads, tokens, head_dim)."""
+        kv = [tensor for tensor in tensors if tensor.dim() == 4]
+        grows = self.settings.cache == "dynamic"
+        for tensor in kv:
+            if tensor.untyped_storage().nbytes() != tensor.nbytes or (grows and tensor.shape[2] != context):
+                raise TraceError(
+                    f"{self.settings.name}: after {context} tokens the cache holds keys or values of shape "
+                    f"{tuple(tensor.shape)} in {tensor.untyped_storage().nbytes()} B; such a cache cannot be forecast. "
+                    "Please report this."
+                )
+        self.kv_bytes_per_token = sum(tensor.nbytes // tensor.shape[2] for tensor in kv)
+
+
+def _longest_context(name: str, config: Any) -> int:
+    """Tokens that a cache with a sliding window holds, 0 for one that grows without end."""
+    windows = [layer.get_max_length() for layer in transformers.DynamicCache(config=config).layers if layer.is_sliding]
+    longest = min(windows, default=0) - 1
+    if 0 <= longest < LONGEST:
+        raise TraceError(
+            f"{name} has a sliding window of {longest + 1} tokens, and tracing needs one of more than {LONGEST}: such "
+            "a model cannot be forecast."
+        )
+    return max(longest, 0)
+
+
+def _tensors_of(cache: Any) -> list[Tensor]:
+    """Device tensors of a cache, layer by layer, keys before values."""
+    held = [value for layer in cache.layers for value in vars(layer).values()]
+    return [value for value in held if isinstance(value, Tensor) and value.device.type == "meta"]
+
+
 class _Scalars:
-    """Answers when the host asks for a value on the device: the loop's flags, lengths that a static cache counts."""
+    """Answers when the host asks for a value on the device: tokens, the loop's flags, what a static cache counts."""
 
-    goes_on: bool = True
-    counted: dict[int, int] = field(default_factory=dict)  # allocation -> value
+    def __init__(self, eos: int | Sequence[int] | None) -> None:
+        ends = eos if isinstance(eos, list | tuple) else [eos]
+        self.token = next(token for token in range(len(ends) + 1) if token not in ends)  # one that ends no answer
+        self.goes_on = True
+        self.counted: dict[int, int] = {}  # allocation -> value
 
-    def rules(self) -> dict[Any, OperationRule]:
+    def rules(self) -> dict[Any, Rule]:
         """Rules by ATen operation."""
         aten = torch.ops.aten
         return {
@@ -219,7 +366,8 @@ class _Scalars:
         if device is None:
             return NotImplemented
         if tensor.device.type == "meta" and device.type == "cpu":
-            return torch.zeros(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
+            copied = torch.empty(tensor.shape, dtype=kwargs.get("dtype") or tensor.dtype)
+            return copied.fill_(self.token) if copied.numel() < _READ_ON_HOST else copied  # to fill a weight takes long
         if tensor.device.type == "cpu" and device.type == "meta" and tensor.dim() == 0 and tensor.dtype == torch.int64:
             copied = func(*args, **kwargs)
             recorder.see(copied, str(func))
@@ -233,145 +381,3 @@ class _Scalars:
         if number in self.counted:
             self.counted[number] += int(other)
         return NotImplemented
-
-
-class _Run:
-    """One recording: loading, then the conversations."""
-
-    def __init__(self, settings: TraceSettings, model: Any, config: Any, stored_dtype: torch.dtype | None) -> None:
-        self.settings, self.model, self.config = settings, model, config
-        self.stored_dtype = stored_dtype
-        self.recorder = AllocationRecorder()
-        self.scalars = _Scalars()
-        self.device = DeviceRules(
-            settings.architecture,
-            frozenset(settings.without_effects),
-            settings.dequantise_4bit,
-            settings.batch,
-        )
-        self.steps: list[Step] = []
-        self.kv_bytes_per_token = 0
-
-    def record(self) -> AllocationTrace:
-        """Run everything; return the trace."""
-        settings, recorder = self.settings, self.recorder
-        operations = {**self.device.operations(), **self.scalars.rules()}
-        recorder.begin("load")
-        with record_allocations(recorder, operations=operations, functions=self.device.functions()):
-            if settings.weights == "random":
-                self.model = build_random_on_meta(recorder, self.config, settings.precision, self.model.dtype)
-            else:
-                self.model = load_on_meta(recorder, self.model, settings.precision, self.stored_dtype)
-            self.owners = owner_of_loaded(recorder, self.model)
-            fitting.check_loaded(recorder, self.owners)
-            if settings.all_logits:
-                self.model._supports_logits_to_keep = lambda: False
-            with module_paths(recorder, self.model):
-                for number, conversation in enumerate(CONVERSATIONS):
-                    self._converse(number, conversation)
-        facts = TraceFacts(
-            model=settings.name,
-            precision=settings.precision,
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            context_limit=int(self.config.max_position_embeddings),
-            first_prompt_min=2,
-            later_prompt_min=2,
-            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
-            f"{_LOADING[settings.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
-            "meta device",
-            workload={name: value for name, value in _as_json(settings).items() if name not in ("config", "name")},
-            versions=_versions(),
-            effects={
-                name: f"{effect.size} ({effect.source})"
-                for name, effect in EFFECTS.items()
-                if name not in settings.without_effects
-            },
-        )
-        return build_trace(recorder, self.steps, self.owners, facts)
-
-    def _converse(self, conversation: int, turns: tuple[Turn, ...]) -> None:
-        tokenizer: Any = SimpleNamespace(pad_token_id=0)  # no text is read or written,
-        report: Any = None  # and nobody asks how the model was loaded
-        loaded = LoadedModel(self.model, tokenizer, report)
-        cache = self._new_cache()
-        keep = decoding.Keep(top_k=0, logits="logits" in self.settings.keeps)
-        previous: list[Tensor] = []
-        cached = 0
-        for number, (prompt, generated) in enumerate(turns, start=1):
-            turn = 100 * conversation + number
-            prefix = "later" if cached else "first"
-            ids = [[0] * (cached + prompt)] * self.settings.batch
-            self.recorder.begin(f"{prefix}.{STEP_NAMES[0]}", turn, cached + prompt, prompt)
-            steps = decoding.decode_steps(loaded, ids, max_new_tokens=generated, keep=keep, cache=cache)
-            step = None
-            for i in range(generated):
-                if i > 0:
-                    name = f"{prefix}.{STEP_NAMES[i]}" if i < len(STEP_NAMES) else STEADY
-                    self.recorder.begin(name, turn, cached + prompt + i, prompt + i)
-                self.scalars.goes_on = i < generated - 1
-                step = next(steps)
-                self._note_step(turn, i, cache, step, previous)
-            short = str(generated) if generated < len(STEP_NAMES) else ""
-            self.recorder.begin(f"{prefix}.end{short}", turn, cached + prompt + generated - 1, prompt + generated - 1)
-            if next(steps, None) is not None:
-                raise TraceError("the generation loop did not end with its last token. Please report this.")
-            if "logits" not in self.settings.keeps:
-                del step
-            if "previous cache" in self.settings.keeps:
-                previous = _tensors_of(cache)
-            cached += prompt + generated - 1
-        self.recorder.begin("between conversations")
-        if self.device.workspace is not None:  # the next conversation stands for a fresh process
-            self.recorder.free(self.device.workspace)
-            self.device.workspace = None
-
-    def _new_cache(self) -> Any:
-        if self.settings.cache == "static":
-            return transformers.StaticCache(config=self.config, max_cache_len=self.settings.static_tokens)
-        return transformers.DynamicCache(config=self.config)
-
-    def _note_step(self, turn: int, index: int, cache: Any, step: Any, previous: list[Tensor]) -> None:
-        """What is alive at the end of a step, and who holds it."""
-        number_of = self.recorder.number_of
-        if step.context_length != self.recorder.rows[-1].context:
-            raise TraceError(
-                f"{self.settings.name}: the cache counts {step.context_length} tokens where "
-                f"{self.recorder.rows[-1].context} were fed; such a cache cannot be forecast. Please report this."
-            )
-        tensors = _tensors_of(cache)
-        kv = tuple(number_of(tensor) for tensor in tensors)
-        context = self.recorder.rows[-1].context
-        payload = sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor.dim() == 4)
-        length = self.settings.static_tokens if self.settings.cache == "static" else context
-        expected = sum(tensor.nbytes for tensor in tensors if tensor.dim() == 4)
-        if payload != expected or payload % length:
-            raise TraceError(
-                f"{self.settings.name}: the cache holds {payload} B of keys and values for {context} tokens, which is "
-                "no whole number of bytes a token; such a cache cannot be forecast. Please report this."
-            )
-        self.kv_bytes_per_token = payload // length
-        of_step = [value for value in (step.logits, step.chosen_probability) if isinstance(value, Tensor)]
-        kept = [number_of(tensor) for tensor in of_step] if "logits" in self.settings.keeps else []
-        held = frozenset(number_of(tensor) for tensor in previous)
-        self.steps.append(
-            Step(
-                row=len(self.recorder.rows) - 1,
-                turn=turn,
-                index=index,
-                kv=kv,
-                carried=(*kv, *kept),
-                held=held,
-                live=tuple(self.recorder.live()),
-                workspace=-1 if self.device.workspace is None else self.device.workspace,
-            )
-        )
-
-
-def _tensors_of(cache: Any) -> list[Tensor]:
-    """Device tensors of a cache, layer by layer, keys before values."""
-    return [
-        tensor
-        for layer in cache.layers
-        for tensor in (layer.keys, layer.values, getattr(layer, "cumulative_length", None))
-        if isinstance(tensor, Tensor) and tensor.device.type == "meta"
-    ]

@@ -3,6 +3,7 @@
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,30 +35,43 @@ def test_damaged_traces_are_refused(tmp_path: Path) -> None:
     path.write_text("no trace")
     with pytest.raises(TraceError, match="not a readable allocation trace"):
         read_trace(path)
-    np.savez(path, format=np.array(99))
+    np.savez(path, document=np.array('{"format": 99}'))
     with pytest.raises(TraceError, match="format 99"):
         read_trace(path)
     with pytest.raises(TraceError, match="is not there"):
         read_trace(tmp_path / "missing.npz")
 
 
-def test_hand_edited_traces_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"document": "[" * 100_000}, "not a readable allocation trace"),
+        ({"document": "{}"}, "not a readable allocation trace"),
+        ({"facts": {"context_limit": "x"}}, "the fact context_limit is 'x'"),
+        ({"carried": {"steady": [0.5]}}, "not a readable allocation trace"),
+        ({"label_of_event": np.array(5)}, "needs as many labels"),
+        ({"section_names": ["loading"]}, "no section 'load', which this conversation needs"),
+    ],
+)
+def test_hand_edited_traces_are_refused(tmp_path: Path, edit: dict[str, Any], message: str) -> None:
     path = load_recorded(TRACE).save(tmp_path / "trace.npz")
     with np.load(path) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    facts = json.loads(str(arrays["facts"]))
-    names = np.array(["loading" if name == "load" else name for name in arrays["section_names"].tolist()])
-    edits: list[tuple[str, object, str]] = [
-        ("facts", np.array("[" * 100_000), "not a readable allocation trace"),
-        ("facts", np.array(json.dumps({**facts, "first_prompt_min": "x"})), "the fact first_prompt_min is 'x'"),
-        ("carried_slots", arrays["carried_slots"] + 0.5, "not a readable allocation trace"),
-        ("label_of_event", np.array(5), "needs as many labels"),
-        ("section_names", names, "no section 'load', which this conversation needs"),
-    ]
-    for name, value, message in edits:
-        np.savez(path, **{**arrays, name: value})
-        with pytest.raises(TraceError, match=message):
-            read_trace(path).schedule([Turn(8, 3)])
+        arrays = dict(archive)
+    document = json.loads(str(arrays["document"]))
+    for name, value in edit.items():
+        if name == "facts":
+            document["facts"] |= value
+        elif name == "section_names":
+            document[name] = [*value, *document[name][1:]]
+        elif name in document:
+            document[name] = value
+        else:
+            arrays[name] = np.array(value)
+    if "document" not in edit:
+        arrays["document"] = np.array(json.dumps(document))
+    np.savez(path, **arrays)
+    with pytest.raises(TraceError, match=message):
+        read_trace(path).schedule([Turn(8, 3)])
 
 
 def test_a_trace_that_unpacks_to_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:
