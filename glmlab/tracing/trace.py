@@ -106,7 +106,8 @@ def turn_sections(turn: Turn, *, is_first: bool) -> list[str]:
     return [*begin, *[STEADY] * (turn.generated - len(begin)), end]
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True)
+class Request:
     """Who asked for memory: operation, module path (``*`` for the layer's number), layer (-1: none), bytes."""
 
     operation: str

@@ -81,8 +81,7 @@ def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
             sliding window that is too short to trace.
 
     Example:
-        >>> from glmlab.models.checkpoints import read_config_json
-        >>> from glmlab.models.checkpoints import find_config
+        >>> from glmlab.models.checkpoints import find_config, read_config_json
         >>> config = read_config_json(find_config("chatglm3-6b"))
         >>> trace(TraceSettings(config, "ChatGLM3-6B")).facts.kv_bytes_per_token
         28672

@@ -316,10 +316,7 @@ def test_broken_turns_are_named(text: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(
-            ({name: "other"}, f"{name}='other' is not known. Use one of {known[0]}, ")
-            for name, known in CHOICES.items()
-        ),
+        *(({name: "other"}, f"{name}='other' is not known. Use one of {known[0]}") for name, known in CHOICES.items()),
         ({"keeps": ("everything",)}, "keeps='everything' is not known"),
         ({"batch": 0}, "batch=0"),
         ({"static_tokens": -1}, "static_tokens=-1"),
