@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)  ## make .venv with the pinned packages
 
 notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in figures/, executed copies in build/notebooks/
-	$(BIN)/glmlab notebooks
+	$(BIN)/glmlab notebooks --jobs 2
 
 refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
 	$(BIN)/glmlab notebooks --in-place

@@ -277,15 +277,14 @@ def notebooks(
         list[str] | None, typer.Option("--parameter", "-p", help="name=value for the parameter cell; repeatable")
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="write the outputs back into the notebooks")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at a time; measured times need 1")] = 1,
 ) -> None:
     """Run notebooks top to bottom; figures land in figures/."""
-    from glmlab.suite.notebooks import execute_notebook, find_notebooks, parse_parameters
+    from glmlab.suite.notebooks import execute_notebooks, find_notebooks, parse_parameters
 
-    parameters = parse_parameters(parameter or [])
-    for source in find_notebooks(folder, names or []):
-        typer.echo(f"{source.name} … ", nl=False)
-        executed = execute_notebook(source, source if in_place else out / source.name, parameters)
-        typer.echo(f"{executed.seconds:.0f} s, {executed.copy}")
+    sources = find_notebooks(folder, names or [])
+    for executed in execute_notebooks(sources, None if in_place else out, parse_parameters(parameter or []), jobs):
+        typer.echo(str(executed))
 
 
 @app.command()

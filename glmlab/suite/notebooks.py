@@ -1,11 +1,15 @@
-"""Run notebooks from a clean kernel, with parameters, and say which cell failed."""
+"""Run notebooks from a clean kernel, with parameters, and say which cell failed.
+
+papermill runs notebooks, too; but it only warns of an unknown parameter and adds cells and metadata of its own.
+"""
 
 import ast
-import os
 import re
-from base64 import b64decode
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,12 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 from glmlab.core.errors import GlmlabError
-from glmlab.figures.style import picture_bundle
 
-PARAMETERS_TAG = "parameters"
-INJECTED_TAG = "injected-parameters"
+_PICTURES = {"image/png", "image/jpeg"}
 
 
 class NotebookError(GlmlabError):
-    """A notebook cannot be found or run; names notebook, cell and cause."""
+    """A notebook cannot be found, read or run; the message names notebook, cell and cause."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Executed:
     source: Path
     copy: Path
     seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.source.name}: {self.seconds:.0f} s, {self.copy}"
 
 
 def parse_parameters(assignments: Iterable[str]) -> dict[str, Any]:
@@ -77,10 +82,10 @@ def find_notebooks(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def read_notebook(path: Path) -> Any:
-    """Read a notebook that has every part that the format asks for.
+    """Read a notebook and check it against its format.
 
     Raises:
-        NotebookError: the file is not one, or holds something else where the format has a part of it.
+        NotebookError: the file is not a notebook, or a picture's metadata are not those that the suite writes.
     """
     try:
         notebook = nbformat.read(path, as_version=4)  # logs what is invalid, and goes on
@@ -88,20 +93,40 @@ def read_notebook(path: Path) -> Any:
         nbformat.writes(notebook, version=nbformat.NO_CONVERT).encode("utf-8")  # half a surrogate pair is no text
         for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
             for kind in _PICTURES & output.get("metadata", {}).keys():
-                _check_picture(kind, output.metadata[kind])
+                about = output.metadata[kind]
+                if not isinstance(about, dict) or not isinstance(about.get("alt", ""), str):
+                    raise ValueError(
+                        f"the metadata of a picture ({kind}) are {about!r:.60}, not an object with a text alt"
+                    )
         return notebook
     except Exception as error:  # nbformat reads before it validates: a foreign file fails in many ways
         cause = next(iter(str(error).splitlines()), type(error).__name__)
         raise NotebookError(f"{path.name} is not a notebook ({cause}). Take it from the suite's checkout.") from error
 
 
-_PICTURES = {"image/png", "image/jpeg"}
+def execute_notebooks(
+    sources: Sequence[Path], out: Path | None, parameters: Mapping[str, Any], jobs: int = 1
+) -> Iterator[Executed]:
+    """Run notebooks, several at a time, and yield them in order.
 
+    Args:
+        sources: the notebooks.
+        out: folder of the executed copies; None writes the outputs back into the notebooks.
+        parameters: as for :func:`execute_notebook`.
+        jobs: how many run at a time. Times that a notebook measures are those of a shared machine where it is not 1.
 
-def _check_picture(kind: str, about: Any) -> None:
-    """Refuse what describes a picture in another way than the suite does; the format says nothing of it."""
-    if not isinstance(about, dict) or not isinstance(about.get("alt", ""), str):
-        raise ValueError(f"the metadata of a picture ({kind}) are {about!r:.60}, not an object with a text alt")
+    Raises:
+        NotebookError: as :func:`execute_notebook`; notebooks that run at that moment come to their end.
+    """
+    if jobs < 1:
+        raise NotebookError(f"{jobs} notebooks at a time run nothing. Let --jobs be at least 1.")
+    run = partial(execute_notebook, parameters=parameters)
+    copies = [source if out is None else out / source.name for source in sources]
+    if jobs == 1:
+        yield from map(run, sources, copies)
+    else:
+        with ProcessPoolExecutor(jobs) as pool:
+            yield from pool.map(run, sources, copies)
 
 
 def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:
@@ -118,7 +143,14 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
             failed, with notebook, cell number, first line and the error.
     """
     notebook = read_notebook(source)
-    _inject(notebook, source, parameters)
+    if parameters:
+        _inject(notebook, source, parameters)
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotebookError(f"{copy.parent} cannot be made a folder ({error.strerror}). Give another --out.") from error
+    if copy.is_dir():
+        raise NotebookError(f"{copy} is a folder, so the executed notebook cannot go there. Give another --out.")
     client = NotebookClient(
         notebook,
         timeout=timeout_s,
@@ -127,60 +159,46 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],
     )
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotebookError(f"{copy.parent} cannot be made a folder ({error.strerror}). Give another --out.") from error
-    if copy.is_dir():
-        raise NotebookError(f"{copy} is a folder, so the executed notebook cannot go there. Give another --out.")
-    started = os.times().elapsed
+    started, failure = time.monotonic(), None
     try:
         client.execute()
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        normalize(notebook)
-        failed = copy if copy != source else copy.with_suffix(".failed.ipynb")
-        nbformat.write(notebook, failed)
-        raise NotebookError(
-            f"{_where(notebook, source)} failed: {_cause(error)}. Its outputs are in {failed}."
-        ) from error
+        failure = error
     normalize(notebook)
-    nbformat.write(notebook, copy)
-    return Executed(source, copy, os.times().elapsed - started)
+    written = copy.with_suffix(".failed.ipynb") if failure and copy == source else copy
+    nbformat.write(notebook, written)
+    if failure:
+        raise NotebookError(
+            f"{_where(notebook, source)} failed: {_cause(failure)}. Its outputs are in {written}."
+        ) from failure
+    return Executed(source, copy, time.monotonic() - started)
 
 
 def _inject(notebook: Any, source: Path, parameters: Mapping[str, Any]) -> None:
     """Put a cell with the given values behind the cell tagged ``parameters``."""
-    if not parameters:
-        return
-    tagged = [i for i, cell in enumerate(notebook.cells) if PARAMETERS_TAG in cell.metadata.get("tags", [])]
+    tagged = [i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise NotebookError(f"{source.name} has {len(tagged)} cells tagged {PARAMETERS_TAG!r}; it needs one.")
+        raise NotebookError(f"{source.name} has {len(tagged)} cells tagged 'parameters'; it needs one.")
     try:
         tree = ast.parse(notebook.cells[tagged[0]].source)
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise NotebookError(
-            f"{source.name}: the cell tagged {PARAMETERS_TAG!r} is not plain Python ({error}). Let it hold only lines "
+            f"{source.name}: the cell tagged 'parameters' is not plain Python ({error}). Let it hold only lines "
             "such as: precision = 'auto'."
         ) from error
-    names = {
-        target.id
-        for statement in ast.walk(tree)
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     if unknown := sorted(set(parameters) - names):
         raise NotebookError(f"{source.name} has no parameter {unknown[0]!r}; it has {', '.join(sorted(names))}.")
-    lines = [f"{name} = {value!r}" for name, value in parameters.items()]
-    cell = nbformat.v4.new_code_cell("\n".join(["# from the command line", *lines]), metadata={"tags": [INJECTED_TAG]})
+    lines = ["# from the command line", *(f"{name} = {value!r}" for name, value in parameters.items())]
+    cell = nbformat.v4.new_code_cell("\n".join(lines), metadata={"tags": ["injected-parameters"]})
     notebook.cells.insert(tagged[0] + 1, cell)
 
 
 def normalize(notebook: Any) -> None:
     """Leave out what differs between two equal runs: the kernel's patch version, cell ids, addresses, live widgets.
 
-    Outputs keep one form of each picture, for the size of the file: the copy of a PNG in HTML goes
-    (``describe_pictures`` brings it back), and the drawing that JupyterLab adds to a mermaid diagram.
+    Each picture stays in one form, for the size of the file: the copy of a PNG in HTML goes, and the drawing that
+    JupyterLab adds to a mermaid diagram.
 
     Example:
         >>> output = nbformat.v4.new_output("execute_result", {"text/plain": "<Styler at 0x7f02ab>"})
@@ -199,38 +217,17 @@ def normalize(notebook: Any) -> None:
         cell["id"] = f"cell-{number:02d}"
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = _joined([output for output in cell.outputs if not _is_dead_widget(output)])
+            cell.outputs = _joined(cell.outputs)
             for output in cell.outputs:
-                _normalize_output(output, cell["id"])
-
-
-def describe_pictures(notebook: Any) -> None:
-    """Give every PNG of a notebook in HTML too, with its alt text; nbconvert would export it without.
-
-    Example:
-        >>> metadata = {"image/png": {"alt": "A line.", "width": 604, "height": 441}}
-        >>> output = nbformat.v4.new_output("display_data", {"image/png": "Li4u"}, metadata=metadata)
-        >>> notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("line", outputs=[output])])
-        >>> describe_pictures(notebook)
-        >>> 'alt="A line."' in notebook.cells[0].outputs[0].data["text/html"]
-        True
-    """
-    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-        if "image/png" in output.get("data", {}):
-            png, known = b64decode(output.data["image/png"]), output.metadata["image/png"]
-            data, _ = picture_bundle(png, known["alt"], known["width"], known["height"])
-            output.data["text/html"] = data["text/html"]
-
-
-def _is_dead_widget(output: Any) -> bool:
-    """Whether an output is a live widget (a slider, a progress bar), which shows nothing without its kernel."""
-    return "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+                _normalize_output(output.get("data", {}), cell["id"])
 
 
 def _joined(outputs: Sequence[Any]) -> list[Any]:
-    """Outputs with each printed text in one piece; how many pieces arrive depends on the moment."""
+    """Outputs without live widgets, each printed text in one piece: how many pieces arrive depends on the moment."""
     joined: list[Any] = []
     for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
             joined[-1].text += output.text
         else:
@@ -238,8 +235,7 @@ def _joined(outputs: Sequence[Any]) -> list[Any]:
     return joined
 
 
-def _normalize_output(output: Any, cell_id: str) -> None:
-    data = output.get("data", {})
+def _normalize_output(data: dict[str, Any], cell_id: str) -> None:
     if "image/png" in data:
         data.pop("text/html", None)
     if "text/vnd.mermaid" in data:
