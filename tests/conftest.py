@@ -25,7 +25,7 @@ from glmlab.models.loading import LoadedModel
 from glmlab.suite.notebooks import execute_notebook, normalize
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import BrowserContext, Page
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -107,29 +107,36 @@ def _compiled_replay() -> None:
 
 
 @pytest.fixture(scope="session")
-def browser() -> "Iterator[Browser]":
-    """Chromium without a window; playwright allows one of them a process."""
+def browser() -> "Iterator[BrowserContext]":
+    """Chromium without a window, one a process."""
     if not lab_driver.HAS_BROWSER:
         pytest.skip("needs chromium (Debian: apt-get install chromium) and playwright")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
+        chromium = playwright.chromium.launch(executable_path=lab_driver.CHROMIUM, args=lab_driver.CHROMIUM_FLAGS)
+        yield chromium.new_context(viewport=lab_driver.VIEWPORT)
 
 
 @pytest.fixture(scope="session")
-def lab(browser: "Browser", tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
+def lab(browser: "BrowserContext", tmp_path_factory: pytest.TempPathFactory) -> Iterator[lab_driver.Lab]:
     """JupyterLab as ``make lab`` starts it, on a copy of the notebooks."""
     with lab_driver.running_lab(tmp_path_factory.mktemp("lab")) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
+def lab_page(lab: lab_driver.Lab, browser: "BrowserContext") -> "Page":
+    """JupyterLab in the browser, in which one notebook after the other is opened."""
+    return lab_driver.open_lab(browser, lab)
+
+
+@pytest.fixture(scope="session")
 def in_lab(
-    lab: lab_driver.Lab, browser: "Browser", notebook_path: Path, _compiled_replay: None
+    lab: lab_driver.Lab, lab_page: "Page", notebook_path: Path, _compiled_replay: None
 ) -> Iterator[lab_driver.OpenNotebook]:
     """The notebook in JupyterLab, run by Run > Run All Cells, and photographed."""
-    with lab_driver.open_notebook(browser, lab, notebook_path.name) as notebook:
+    with lab_driver.open_notebook(lab_page, lab, notebook_path.name) as notebook:
         notebook.run_all()
         notebook.screenshot()
         yield notebook

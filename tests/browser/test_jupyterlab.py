@@ -55,7 +55,7 @@ class TestEveryNotebook:
             assert len(image["alt"]) > 40, image
 
     def test_asks_no_other_host(self, in_lab):
-        assert len(in_lab.requests) > 20
+        assert any("/api/kernels/" in url for url in in_lab.requests)
         assert in_lab.foreign_requests() == []
 
     @pytest.mark.parametrize("theme", lab_driver.THEMES)

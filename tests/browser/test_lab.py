@@ -80,12 +80,12 @@ class TestMakeLab:
         assert _status(f"{lab.url}/lab/api/news?token={lab.token}")[1]["news"] == []
 
 
-def test_a_hostile_text_stays_a_text_in_every_view(lab, browser):
+def test_a_hostile_text_stays_a_text_in_every_view(lab, lab_page):
     cells = [nbformat.v4.new_code_cell(source) for source in EVERY_VIEW]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
     nbformat.write(notebook, lab.folder / "notebooks" / "hostile.ipynb")
-    with lab_driver.open_notebook(browser, lab, "hostile.ipynb") as notebook:
+    with lab_driver.open_notebook(lab_page, lab, "hostile.ipynb") as notebook:
         notebook.run_all()
         assert notebook.page.evaluate(lab_driver.STATE)["errors"] == []
         notebook.page.get_by_role("button", name="next").click()

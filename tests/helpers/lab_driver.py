@@ -9,18 +9,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import nbformat
 import pytest
 
+from glmlab.core.resources import cache_folder
+
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import BrowserContext, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = [pytest.param(path, id=path.stem) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
@@ -52,13 +54,19 @@ STATE = """() => {
   const widget = window.jupyterapp?.shell.currentWidget;
   if (!widget?.content?.model || !widget.context?.isReady) return null;
   const cells = Array.from(widget.content.model.cells).filter(cell => cell.type === 'code');
+  const outputs = cells.flatMap(cell => Array.from({length: cell.outputs.length}, (_, i) => cell.outputs.get(i)));
   return {
     status: widget.sessionContext.kernelDisplayStatus,
     counts: cells.map(cell => cell.executionCount),
-    states: cells.map(cell => cell.executionState),
-    errors: cells.flatMap(cell => cell.outputs.toJSON()).filter(output => output.output_type === 'error')
-      .map(output => `${output.ename}: ${output.evalue}`),
+    errors: outputs.filter(output => output.type === 'error').map(output => output.toJSON())
+      .map(error => `${error.ename}: ${error.evalue}`),
   };
+}"""
+
+
+_CLOSE_ALL = """async () => {
+  for (const widget of Array.from(jupyterapp.shell.widgets('main'))) widget.dispose();
+  await jupyterapp.serviceManager.sessions.shutdownAll();
 }"""
 
 
@@ -102,6 +110,7 @@ def running_lab(folder: Path) -> Iterator[Lab]:
     kernel.write_text(json.dumps(_ANOTHER_KERNEL))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     environment |= {"HOME": str(home), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), **WITHOUT_GPU}
+    environment["GLMLAB_CACHE"] = str(cache_folder())  # of the real home: traces that tests made are not made again
     command = [sys.executable, "-m", "jupyter", "lab", *make_lab_command()]
     command += ["--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.port=0"]
     log = folder / "lab.log"
@@ -126,23 +135,36 @@ def _wait_for_server(server: subprocess.Popen[bytes], folder: Path, log: Path) -
     raise AssertionError(f"JupyterLab did not start:\n{log.read_text()}")
 
 
+def open_lab(browser: "BrowserContext", lab: Lab) -> "Page":
+    """JupyterLab in a page of its own, with no notebook open."""
+    page = browser.new_page()
+    page.goto(f"{lab.url}/lab?token={lab.token}&reset")
+    page.wait_for_function("() => window.jupyterapp", timeout=_LAB_TIMEOUT_S * 1000)
+    page.evaluate("() => jupyterapp.restored.then(() => null)")
+    return page
+
+
 @contextmanager
-def open_notebook(browser: "Browser", lab: Lab, name: str) -> Iterator["OpenNotebook"]:
-    """Open a notebook of the server's folder, wait for its kernel, and end the kernel with the page."""
-    page = browser.new_page(viewport=VIEWPORT)
+def open_notebook(page: "Page", lab: Lab, name: str) -> Iterator["OpenNotebook"]:
+    """Open a notebook of the server's folder, alone, wait for its kernel, and end the kernel with the notebook."""
     notebook = OpenNotebook(page, lab, name)
-    page.on("request", lambda request: notebook.requests.append(request.url))
-    page.on("websocket", lambda socket: notebook.requests.append(socket.url))
-    page.on("dialog", lambda dialog: notebook.dialogs.append(dialog.message))
-    page.goto(f"{lab.url}/lab/tree/{name}?token={lab.token}&reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=_LAB_TIMEOUT_S * 1000)
-    notebook.wait_until(lambda state: state["status"] == "idle", _LAB_TIMEOUT_S)
+    listeners = {
+        "request": lambda request: notebook.requests.append(request.url),
+        "websocket": lambda socket: notebook.requests.append(socket.url),
+        "dialog": lambda dialog: notebook.dialogs.append(dialog.message),
+    }
+    for event, listener in listeners.items():
+        page.on(event, listener)
+    page.evaluate(_CLOSE_ALL)
+    page.evaluate("async path => { await jupyterapp.commands.execute('docmanager:open', {path}); }", name)
+    notebook.wait_until("state.status === 'idle'", _LAB_TIMEOUT_S)
     notebook.use_theme(THEMES[0])
     try:
         yield notebook
     finally:
-        page.evaluate("() => jupyterapp.serviceManager.sessions.shutdownAll()")
-        page.close()
+        page.evaluate(_CLOSE_ALL)
+        for event, listener in listeners.items():
+            page.remove_listener(event, listener)
 
 
 @dataclass
@@ -167,27 +189,24 @@ class OpenNotebook:
         ``content`` is then what JupyterLab would save.
         """
         self.menu("Edit", "Clear Outputs of All Cells")
-        self.wait_until(lambda state: not any(state["counts"]), _LAB_TIMEOUT_S)
+        self.wait_until("!state.counts.some(Boolean)", _LAB_TIMEOUT_S)
         self.menu("Run", "Run All Cells")
         self.wait_until(
-            lambda state: state["errors"] or (state["status"] == "idle" and all(state["counts"])), NOTEBOOK_TIMEOUT_S
+            "state.errors.length || (state.status === 'idle' && state.counts.every(Boolean))", NOTEBOOK_TIMEOUT_S
         )
         saved = self.page.evaluate("() => jupyterapp.shell.currentWidget.content.model.toJSON()")
         self.content = nbformat.from_dict(saved)
 
-    def wait_until(self, done: Callable[[dict[str, Any]], Any], timeout_s: float) -> dict[str, Any]:
-        """Ask JupyterLab for the state of notebook and kernel until it is as wanted."""
-        end = time.monotonic() + timeout_s
-        while True:
-            state = self.page.evaluate(STATE)
-            if state and done(state):
-                return state
-            assert time.monotonic() < end, f"{self.name}: not done after {timeout_s} s: {state}"
-            self.page.wait_for_timeout(100)
+    def wait_until(self, done: str, timeout_s: float) -> None:
+        """Wait for a condition in JavaScript on the ``state`` of notebook and kernel."""
+        condition = f"() => {{ const state = ({STATE})(); return state && ({done}); }}"
+        self.page.wait_for_function(condition, polling=200, timeout=timeout_s * 1000)
 
     def use_theme(self, theme: str) -> None:
         """Switch JupyterLab to another theme."""
-        self.page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
+        self.page.evaluate(
+            "async theme => { await jupyterapp.commands.execute('apputils:change-theme', {theme}); }", theme
+        )
         self.page.wait_for_function("theme => document.body.dataset.jpThemeName === theme", arg=theme)
 
     def foreign_requests(self) -> list[str]:
