@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install notebooks test lint format refresh lab doctor bench gpu-evidence embedded-model clean
+.PHONY: help install notebooks test lint format refresh messages lab doctor bench gpu-evidence embedded-model clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,12 @@ notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in f
 
 refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
 	$(BIN)/glmlab notebooks --in-place
-	cp figures/memory_vs_context.png figures/why_the_curve_bends.png data/figures/
+	cp figures/memory_vs_context.png figures/why_the_curve_bends.png figures/*.csv figures/*.json data/figures/
+
+messages: $(INSTALLED)  ## collect the texts of the figures into data/locale; translate there what is new
+	mkdir -p build
+	$(BIN)/pybabel -q extract -k "tr msg" --add-location=file -o build/glmlab.pot glmlab/figures
+	$(BIN)/pybabel -q update --no-fuzzy-matching --ignore-obsolete --ignore-pot-creation-date --width 120 -D glmlab -i build/glmlab.pot -d data/locale
 
 lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate

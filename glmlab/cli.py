@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
@@ -16,7 +16,6 @@ from glmlab.core.errors import GlmlabError
 
 if TYPE_CHECKING:
     from glmlab.core.curve import Curve
-    from glmlab.forecast.forecast import Forecast
     from glmlab.generation.chat import ChatSession
     from glmlab.memory.recording import Recorder
     from glmlab.models.loading import LoadedModel
@@ -172,10 +171,10 @@ def forecast(
         **{name: value for name, value in fields.items() if value is not None},
     )
     written = _save_one_figure(computed.curve, figure) if figure else []
-    if csv:
+    if csv:  # after the figure, whose table it replaces where both have one name
         written += computed.curve_with_band().save(csv)
     if as_json:
-        _print_json(_forecast_as_dict(computed))
+        _print_json(computed.as_dict())
     else:
         typer.echo(computed.summary())
         if explain:
@@ -186,37 +185,11 @@ def forecast(
         typer.echo("wrote " + ", ".join(map(str, dict.fromkeys(written))), err=as_json)
 
 
-def _forecast_as_dict(forecast: "Forecast") -> dict[str, Any]:
-    """The last step, rises, plateaus, the card's longest context and provenance."""
-    from dataclasses import asdict
-
-    last = {str(name): value for name, value in forecast.curve_with_band().table.iloc[-1].items()}
-    old_names = {  # as memory was called before PyTorch's word, "inactive"
-        "slack_small_mib": last["inactive_small_mib"],
-        "slack_large_mib": last["inactive_large_mib"],
-        "idle_small_mib": last["inactive_small_after_mib"],
-        "idle_large_mib": last["inactive_large_after_mib"],
-    }
-    return {
-        **last,
-        **old_names,
-        "rises": [asdict(rise) for rise in forecast.rises],
-        "plateaus": [asdict(plateau) for plateau in forecast.plateaus],
-        "longest_context": asdict(forecast.largest_context()) if forecast.workload.card else None,
-        "provenance": forecast.curve.provenance,
-    }
-
-
 def _save_one_figure(curve: "Curve", path: Path) -> list[Path]:
     from glmlab.figures import component_chart, save_figure
 
-    return save_figure(
-        component_chart(curve),
-        path.with_suffix(""),
-        data=curve.table,
-        provenance=curve.provenance,
-        formats=[path.suffix.removeprefix(".")],
-    )
+    chart, formats = component_chart(curve), [path.suffix.removeprefix(".")]
+    return save_figure(chart, path.with_suffix(""), provenance=curve.provenance, formats=formats)
 
 
 def _print_json(document: object) -> None:
@@ -312,28 +285,28 @@ def notebooks(
 @app.command()
 def figures(
     names: Annotated[
-        list[str] | None, typer.Argument(help="figures, such as why_the_curve_bends; default: all")
+        list[str] | None,
+        typer.Argument(
+            metavar="[FOLDER] [NAME]...",
+            help="a folder of saved figures (default: figures/, else the suite's own), names of figures (default: all)",
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="the folder they go into")] = Path("figures"),
+    out: Annotated[Path | None, typer.Option(help="the folder they go into; default: where they come from")] = None,
     formats: Annotated[str, typer.Option("--format", help="pdf, svg, png, with commas between")] = "pdf,svg,png",
     style: Annotated[str, typer.Option(help="paper, slide or web")] = "paper",
     width: Annotated[str | None, typer.Option(help="width of every figure, such as 86mm; default: its own")] = None,
     lang: Annotated[str, typer.Option(help="en or zh (traditional Chinese)")] = "en",
 ) -> None:
-    """Make every figure of the suite for a text, each with data, caption, alternative text and provenance."""
-    from glmlab.figures.settings import parse_width
-    from glmlab.gallery import make_figures
+    """Draw saved figures again, in another language, width or style: from their data alone, without a model."""
+    from glmlab.figures.saving import find_figures, redraw
+    from glmlab.figures.style import FigureSettings, parse_width
 
-    made = make_figures(
-        out,
-        names or [],
-        formats=[name.strip() for name in formats.split(",")],
-        style=style,
-        width_mm=None if width is None else parse_width(width),
-        lang=lang,
-    )
-    for figure in made:
+    folder, wanted, default_out = find_figures(names or [])
+    settings = FigureSettings(style, None if width is None else parse_width(width), lang)
+    chosen_formats = [name.strip() for name in formats.split(",")]
+    for figure in redraw(folder, out or default_out, wanted, formats=chosen_formats, settings=settings):
         typer.echo(str(figure))
+    typer.echo(f"drawn from {folder}, saved in {out or default_out}")
 
 
 @app.command()

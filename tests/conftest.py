@@ -32,7 +32,7 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """All tests of a notebook, or of a figure of the catalogue, go to one worker, so that it is run or made once.
+    """All tests of a notebook, or of a figure of data/figures, go to one worker, so that it is run or made once.
 
     Every other test goes where there is room. (xdist's own ``loadgroup`` marks node ids, which pytest 9 no longer lets
     it.)
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class BySubject(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             notebook = re.search(r"\[(\d\d_\w+|index)[-\]]", nodeid)
-            figure = re.search(r"^tests/gallery/.*\[(\w+)[-\]]", nodeid)
+            figure = re.search(r"test_saved_figures.py::TestEveryFigure::.*\[(\w+)[-\]]", nodeid)
             compiled = re.search("(compil)", nodeid)  # and so is the model with compiled decode steps
             return (notebook or figure or compiled or [None, nodeid])[1]
 

@@ -18,7 +18,7 @@ LAYERS = (  # lowest first; a module may import from its own layer and those bef
     ("tracing", "memory"),
     ("forecast",),
     ("latency",),
-    ("evidence", "suite", "gallery"),
+    ("evidence", "suite"),
     ("cli",),
     ("__main__",),
 )

@@ -1,6 +1,7 @@
-"""Time in pictures: measured against the floor, the parts of a token, the cost of asking, an account of 1.5 s.
+"""Time in pictures: measured against the floor, the parts of a token, the cost of polling, an account of 1.5 s.
 
-Measured times are dots, floors (computed) solid lines, thicker from series to series.
+Measured times are dots, floors (computed) solid lines, thicker from series to series. The bytes of each precision
+against a card stand here, too: what fits comes before how fast it is.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,51 +11,88 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from glmlab.figures.settings import FigureError, pt, tr, tr_label
-from glmlab.figures.style import COLORS, HATCHES, SuiteFigure, drawing, legend_below, most_ticks, wrapped
+from glmlab.core.units import MIB
+from glmlab.figures.saving import Arguments, draws
+from glmlab.figures.style import (
+    COLORS,
+    GRID_COLOR,
+    HATCHES,
+    PLAIN_NUMBERS,
+    FigureError,
+    Look,
+    SuiteFigure,
+    drawing,
+    ink_on,
+    legend_below,
+    most_ticks,
+    pt,
+    wrapped,
+)
+from glmlab.figures.translations import msg, tr, tr_label
 
 _SERIES_LOOKS = (
-    ("allocated", "o"),
-    ("kv", "s"),
-    ("activations", "^"),
-    ("slack large", "D"),
-    ("used", "v"),
-    ("kv copies", "p"),
+    (COLORS["allocated"], "o"),
+    (COLORS["kv"], "s"),
+    (COLORS["activations"], "^"),
+    (COLORS["inactive large"], "D"),
+    (COLORS["used"], "v"),
+    (COLORS["kv copies"], "p"),
 )
-PART_LOOKS = {
-    "weights": (COLORS["weights"], ""),
-    "attention": (COLORS["kv"], HATCHES["kv"]),
-    "head": (COLORS["allocated"], HATCHES["kv copies"]),
-    "norms, activations, rest": (COLORS["activations"], HATCHES["activations"]),
-    "Python and launching": (COLORS["kv copies"], "xx"),
-    "sampling": (COLORS["slack large"], HATCHES["slack large"]),
-    "unexplained": (COLORS["unexplained"], ""),
+TIME_LOOKS = {
+    msg("weights"): (COLORS["weights"], ""),
+    msg("attention"): (COLORS["kv"], HATCHES["kv"]),
+    msg("head"): (COLORS["allocated"], HATCHES["kv copies"]),
+    msg("norms, activations, rest"): (COLORS["activations"], HATCHES["activations"]),
+    msg("Python and launching"): (COLORS["kv copies"], "xx"),
+    msg("sampling"): (COLORS["inactive large"], HATCHES["inactive large"]),
+    msg("unexplained"): (COLORS["unexplained"], ""),
 }
 """Colour and pattern of every part of a token's time."""
 
 _KIND_LOOKS = {  # kind of a row of an account -> colour, hatch
-    "floor": (COLORS["allocated"], "////"),
-    "estimated": (COLORS["slack small"], "...."),
-    "measured here": (COLORS["kv"], ""),
+    msg("floor"): (COLORS["allocated"], "////"),
+    msg("estimated"): (COLORS["inactive small"], "...."),
+    msg("measured here"): (COLORS["kv"], ""),
     "unexplained": (COLORS["unexplained"], ""),
 }
+PRECISION_LOOKS = {
+    msg("MLP"): (COLORS["MLP"], ""),
+    "attention": (COLORS["attention"], ""),
+    msg("embedding"): (COLORS["embedding"], ""),
+    "head": (COLORS["head"], "...."),
+    msg("norms"): (COLORS["weights"], ""),
+    msg("other"): (COLORS["unexplained"], ""),
+    msg("quantisation state"): (COLORS["quantisation state"], "xxxx"),
+    msg("KV payload"): (COLORS["kv"], HATCHES["kv"]),
+    msg("CUDA context"): (COLORS["context"], ""),
+}
+"""Colour and pattern of every part of a model's bytes, in the order in which they are stacked."""
+
+_LISTED_FROM = 0.002  # a part below this share of the axis is too thin to be seen: the legend leaves it out
+_NAMES = (  # of bars: ways to read the memory, parts of an account
+    msg("gpustat --json (a process)"), msg("floor: read the weights once"), msg("dequantise them to fp16, read those"),
+    msg("weights in host memory"), msg("the log: gpustat --json"),
+)  # fmt: skip
 
 
+# -- against lengths ---------------------------------------------------------------------------------------------------
+
+
+@draws(
+    {"context_tokens": int, "token_ms": float, "p10_ms": float, "p90_ms": float, "floor_ms": float},
+    empty="no rows to draw: measure something first.",
+)
 def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
     """Draw milliseconds a token against context length: above measured (dots) and floor (line), below their ratio.
 
     Args:
         table: rows of ``measure_decode`` with a column ``by`` that names the series and floor_ms (``roofline``).
-        by: the column that tells the series apart.
+        by: the column that names the series.
 
     Returns:
         A figure of two panels over context tokens, both with logarithmic scales; the whiskers reach from p10 to p90.
-
-    Raises:
-        FigureError: no rows, or a column that is missing.
 
     Example:
         >>> table = pd.DataFrame({"precision": ["fp32"] * 2, "context_tokens": [64, 1024], "token_ms": [1.0, 2.0],
@@ -62,27 +100,14 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         >>> [axes.get_ylabel() for axes in latency_curve(table).axes]
         ['time of a token (ms)', 'times the floor']
     """
-    _need(table, by, "context_tokens", "token_ms", "p10_ms", "p90_ms", "floor_ms")
+    ratio = table["token_ms"] / table["floor_ms"]
     with drawing(6.3, 5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
-        words = []
-        for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
-            color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
-            _draw_series(above, rows, "token_ms", tr_label(str(name)), COLORS[color], marker)
-            look: dict[str, Any] = {
-                "color": COLORS[color],
-                "linewidth": pt(0.8 + 0.9 * index),
-                "zorder": 2 - index / 10,
-            }
-            above.plot(rows["context_tokens"], rows["floor_ms"], **look)
-            ratio = rows["token_ms"] / rows["floor_ms"]
-            below.plot(rows["context_tokens"], ratio, color=COLORS[color], marker=marker, linestyle=":", ms=pt(5))
-            words.append(
-                tr(
-                    "{name}: {ms:.2f} ms at {tokens:,} tokens",
-                    name=tr_label(str(name)), ms=rows["token_ms"].iloc[0], tokens=rows["context_tokens"].iloc[0],
-                )
-            )  # fmt: skip
+        series = _draw_series(above, table, by, "context_tokens", "token_ms")
+        for index, (_, color, marker, rows) in enumerate(series):
+            floor: Look = {"linewidth": pt(0.8 + 0.9 * index), "zorder": 2 - index / 10}
+            above.plot(rows["context_tokens"], rows["floor_ms"], color=color, **floor)
+            below.plot(rows["context_tokens"], ratio[rows.index], color=color, marker=marker, linestyle=":", ms=pt(5))
         below.axhline(1, color=COLORS["used"])
         above.set_ylabel(tr("time of a token (ms)"))
         below.set_ylabel(tr("times the floor"))
@@ -92,146 +117,170 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         handles, labels = above.get_legend_handles_labels()
         (floor_line,) = above.plot([], [], color=COLORS["reserved"])
         legend_below(figure, [*handles, floor_line], [*labels, tr("floor (computed)")], ncols=5)
-    times = table["token_ms"] / table["floor_ms"]
+    words = [
+        tr("{name}: {ms:.2f} ms at {tokens:,} tokens", name=name, ms=rows["token_ms"].iloc[0],
+           tokens=rows["context_tokens"].iloc[0])
+        for name, _, _, rows in series
+    ]  # fmt: skip
     figure.alt_text = tr(
         "Time of a token against context length. {series}. The measured times are {least:.3g} to {most:.3g} times the "
         "floor.",
-        series="; ".join(words), least=times.min(), most=times.max(),
+        series="; ".join(words), least=ratio.min(), most=ratio.max(),
     )  # fmt: skip
+    figure.caption = tr(
+        "Time of a token against the length of the context. Above, marks are medians with whiskers from the 10th to "
+        "the 90th percentile; lines are the floor, bytes and operations over what the machine moves and computes, "
+        "thicker from series to series. Below, how many times the floor each is."
+    )
     return figure
 
 
+@draws(
+    {"prompt_tokens": int, "first_token_ms": float, "p10_ms": float, "p90_ms": float},
+    empty="no rows to draw: measure something first.",
+)
 def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
     """Draw the time to the first token against the length of the prompt.
 
     Args:
         table: rows of ``measure_first_token`` with a column ``by`` that names the series.
-        by: the column that tells the series apart.
+        by: the column that names the series.
 
     Returns:
         A figure of one panel with logarithmic scales; the grey line grows in proportion to the prompt.
-
-    Raises:
-        FigureError: no rows, or a column that is missing.
     """
-    _need(table, by, "prompt_tokens", "first_token_ms", "p10_ms", "p90_ms")
     with drawing(6.3, 3.6) as figure:
         axes = figure.subplots()
-        words = []
-        for index, (name, rows) in enumerate(table.groupby(by, sort=False)):
-            color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
-            _draw_series(axes, rows, "first_token_ms", tr_label(str(name)), COLORS[color], marker)
-            last = rows.iloc[-1]
-            words.append(
-                tr(
-                    "{name}: {ms:.0f} ms for {tokens:,.0f} tokens",
-                    name=tr_label(str(name)), ms=last["first_token_ms"], tokens=last["prompt_tokens"],
-                )
-            )  # fmt: skip
+        series = _draw_series(axes, table, by, "prompt_tokens", "first_token_ms")
         lengths = np.array([table["prompt_tokens"].min(), table["prompt_tokens"].max()], float)
         start = table["first_token_ms"].iloc[int(table["prompt_tokens"].argmin())]
-        look: dict[str, Any] = {"color": "#999999", "linestyle": "--", "zorder": 0}
+        look: Look = {"color": GRID_COLOR, "linestyle": "--", "zorder": 0}
         axes.plot(lengths, start * lengths / lengths[0], label=tr("in proportion"), **look)
         axes.set_xlabel(tr("prompt (tokens)"))
         axes.set_ylabel(tr("time to the first token (ms)"))
         _logarithmic(axes)
         legend_below(figure, *axes.get_legend_handles_labels(), ncols=5)
+    words = [
+        tr("{name}: {ms:.0f} ms for {tokens:,.0f} tokens", name=name, ms=rows["first_token_ms"].iloc[-1],
+           tokens=rows["prompt_tokens"].iloc[-1])
+        for name, _, _, rows in series
+    ]  # fmt: skip
     figure.alt_text = tr(
         "Time to the first token against the length of the prompt. {series}.", series="; ".join(words)
     )  # fmt: skip
+    figure.caption = tr(
+        "Time to the first token against the length of the prompt. On the dashed line a prompt twice as long takes "
+        "twice the time."
+    )
     return figure
 
 
+def _draw_series(axes: Axes, table: pd.DataFrame, by: str, x: str, y: str) -> list[tuple[str, str, str, pd.DataFrame]]:
+    """Dots of the medians with whiskers from p10 to p90; returns name, colour, mark and rows of every series."""
+    series = []
+    for index, (name, rows) in enumerate(table.reset_index(drop=True).groupby(by, sort=False)):
+        color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
+        whiskers = [rows[y] - rows["p10_ms"], rows["p90_ms"] - rows[y]]
+        look: Look = {"color": color, "markersize": pt(5), "elinewidth": pt(0.8)}
+        axes.errorbar(rows[x], rows[y], yerr=whiskers, fmt=marker, label=tr_label(str(name)), **look)
+        series.append((tr_label(str(name)), color, marker, rows))
+    return series
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Logarithmic scales with plain numbers; lengths double from mark to mark.
+
+    Where times span less than two powers of ten, 2 and 5 have their marks, too.
+    """
+    axes.set_yscale("log")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
+    least, most = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
+    axes.yaxis.set_major_formatter(PLAIN_NUMBERS)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+# -- bars --------------------------------------------------------------------------------------------------------------
+
+
+@draws({"part": str, "ms": float}, empty="no rows to draw: measure something first.")
 def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
     """Draw where the time of one token goes: one stacked bar a series, as long as the step.
 
     Args:
         table: rows of ``profile_token`` with a column ``by`` that names the series.
-        by: the column that tells the series apart.
+        by: the column that names the series.
 
     Returns:
         A figure of horizontal bars in milliseconds; the bar's end says their sum.
-
-    Raises:
-        FigureError: no rows, a column that is missing, or a part without a look.
     """
-    _need(table, by, "part", "ms")
-    if unknown := sorted(set(table["part"]) - set(PART_LOOKS)):
-        raise FigureError(f"part {unknown[0]!r} has no look. Known are {', '.join(PART_LOOKS)}.")
-    names = list(dict.fromkeys(table[by]))
-    with drawing(6.3, 1.4 + 0.5 * len(names), axes_grid_axis="x") as figure:
+    _check_looks("part", table["part"], TIME_LOOKS)
+    series = {tr_label(str(name)): rows for name, rows in table.groupby(by, sort=False)}
+    totals = {name: rows["ms"].sum() for name, rows in series.items()}
+    with drawing(6.3, 1.4 + 0.5 * len(series), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        words, ends = [], []
-        for row, name in enumerate(names):
-            parts = table[table[by] == name]
-            left = 0.0
-            for part, ms in zip(parts["part"], parts["ms"], strict=True):
-                axes.barh(row, ms, left=left, height=0.6, **_bar_look(PART_LOOKS[part]))
-                left += ms
-            ends.append(axes.text(left, row, tr(" {ms:.2f} ms", ms=left), va="center", fontsize=pt(8)))
-            shares = [
-                tr("{part} {share:.0%}", part=tr(part), share=ms / left)
-                for part, ms in zip(parts["part"], parts["ms"], strict=True)
-            ]
-            words.append(
-                tr(
-                    "{name}: {ms:.2f} ms, of which {shares}",
-                    name=tr_label(str(name)),
-                    ms=left,
-                    shares=", ".join(shares),
-                )
-            )
-        axes.set_yticks(range(len(names)), [tr_label(str(name)) for name in names])
-        axes.invert_yaxis()
-        axes.set_axisbelow(True)
+        for row, parts in enumerate(series.values()):
+            starts = parts["ms"].cumsum() - parts["ms"]
+            for part, ms, left in zip(parts["part"], parts["ms"], starts, strict=True):
+                axes.barh(row, ms, left=left, height=0.6, **_bar_look(TIME_LOOKS[part]))
         axes.set_xlabel(tr("time of one token (ms)"))
-        _legend_of_looks(figure, PART_LOOKS)
-        _make_room(figure, axes, ends)
+        _name_bars(axes, list(series))
+        _legend_of_looks(figure, TIME_LOOKS)
+        _write_ends(figure, axes, list(totals.values()), [f" {ms:.2f} ms" for ms in totals.values()])
+    words = []
+    for name, rows in series.items():
+        shares = [f"{tr(part)} {ms / totals[name]:.0%}" for part, ms in zip(rows["part"], rows["ms"], strict=True)]
+        words.append(tr("{name}: {ms:.2f} ms, of which {shares}", name=name, ms=totals[name], shares=", ".join(shares)))
     figure.alt_text = tr("Where the time of one token goes. {series}.", series="; ".join(words))
+    figure.caption = tr(
+        "Where the time of one token goes. Operations are counted by layer; between them lie Python and the launching"
+        " of operations."
+    )
     return figure
 
 
+@draws({"way": str, "poll_ms": float, "answers": bool}, empty="no rows to draw: measure something first.")
 def polling_chart(table: pd.DataFrame) -> SuiteFigure:
-    """Draw what it costs to ask for the memory in use, on a logarithmic scale.
+    """Draw what it costs to read the memory in use, on a logarithmic scale.
 
     Args:
         table: from ``measure_polling``. A way that got no answer is drawn hollow.
 
     Returns:
         A figure of one bar a way, in milliseconds.
-
-    Raises:
-        FigureError: no rows, or a column that is missing.
     """
-    _need(table, "way", "poll_ms", "answers")
-    with drawing(6.3, 1.2 + 0.45 * len(table), axes_grid_axis="x") as figure:
+    looks: dict[bool, Look] = {answers: {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
+             for answers in sorted({bool(answers) for answers in table["answers"]}, reverse=True)}  # fmt: skip
+    times_ms = table["poll_ms"].tolist()
+    with drawing(6.3, 1.2 + 0.45 * len(table), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        words, ends = [], []
-        for row, (way, ms, answers) in enumerate(zip(table["way"], table["poll_ms"], table["answers"], strict=True)):
-            axes.barh(row, ms, height=0.55, **_polling_look(answers))
-            ends.append(axes.text(ms, row, tr(" {ms:,.3g} ms", ms=ms), va="center", fontsize=pt(8)))
-            words.append(
-                tr("{name}: {ms:,.3g} ms", name=tr(way), ms=ms)
-                if answers
-                else tr("{name}: {ms:,.3g} ms, no driver", name=tr(way), ms=ms)
-            )
-        axes.set_yticks(range(len(table)), _names_in_lines(figure, table["way"]))
-        axes.invert_yaxis()
+        for row, (ms, answers) in enumerate(zip(times_ms, table["answers"], strict=True)):
+            axes.barh(row, ms, height=0.55, **looks[bool(answers)])
         axes.set_xscale("log")
-        axes.set_xlim(table["poll_ms"].min() / 5, table["poll_ms"].max())
+        axes.set_xlim(min(times_ms) / 5, max(times_ms))
         axes.xaxis.set_major_locator(LogLocator(numticks=most_ticks(figure)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_axisbelow(True)
+        axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
         axes.set_xlabel(tr("time of one reading (ms)"))
-        axes.xaxis.set_major_formatter(_PLAIN)
-        kinds = sorted({bool(answers) for answers in table["answers"]}, reverse=True)
-        names = [tr("answered") if answers else tr("no answer: no driver there") for answers in kinds]
-        legend_below(figure, [Patch(**_polling_look(answers)) for answers in kinds], names, ncols=2)
-        _make_room(figure, axes, ends)
+        _name_bars(axes, [wrapped(tr_label(way), 0.38 * figure.get_figwidth(), pt(9)) for way in table["way"]])
+        names = [tr("answered") if answers else tr("no answer: no driver there") for answers in looks]
+        legend_below(figure, [Patch(**look) for look in looks.values()], names, ncols=2)
+        _write_ends(figure, axes, times_ms, [f" {ms:,.3g} ms" for ms in times_ms])
+    words = [
+        tr("{name}: {ms:,.3g} ms", name=tr_label(way), ms=ms) if answers
+        else tr("{name}: {ms:,.3g} ms, no driver", name=tr_label(way), ms=ms)
+        for way, ms, answers in zip(table["way"], times_ms, table["answers"], strict=True)
+    ]  # fmt: skip
     figure.alt_text = tr("What one reading of the memory costs. {series}.", series="; ".join(words))
+    figure.caption = tr(
+        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Hollow bars got no "
+        "answer, since the machine has no NVIDIA driver: a lower bound of what they cost with one."
+    )
     return figure
 
 
+@draws({"part": str, "kind": str, "seconds": float}, empty="no rows to draw: measure something first.")
 def account_chart(account: pd.DataFrame) -> SuiteFigure:
     """Draw an account of a token's time as a waterfall: every part begins where the one above it ends.
 
@@ -240,77 +289,126 @@ def account_chart(account: pd.DataFrame) -> SuiteFigure:
 
     Returns:
         A figure of one bar a part in milliseconds; floor, estimate, measurement and the rest have looks of their own.
-
-    Raises:
-        FigureError: no rows, a column that is missing, or a kind without a look.
     """
-    _need(account, "part", "kind", "seconds")
-    if unknown := sorted(set(account["kind"]) - set(_KIND_LOOKS)):
-        raise FigureError(f"kind {unknown[0]!r} has no look. Known are {', '.join(_KIND_LOOKS)}.")
-    total_ms = account["seconds"].sum() * 1e3
-    with drawing(6.3, 1.4 + 0.42 * len(account), axes_grid_axis="x") as figure:
+    _check_looks("kind", account["kind"], _KIND_LOOKS)
+    times_ms = account["seconds"] * 1e3
+    ends_ms, total_ms = times_ms.cumsum(), times_ms.sum()
+    starts_ms = ends_ms - times_ms
+    with drawing(6.3, 1.4 + 0.42 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        left, ends = 0.0, []
-        for row, (kind, seconds) in enumerate(zip(account["kind"], account["seconds"], strict=True)):
-            ms = seconds * 1e3
+        for row, (kind, ms, left, end) in enumerate(zip(account["kind"], times_ms, starts_ms, ends_ms, strict=True)):
             axes.barh(row, ms, left=left, height=0.6, **_bar_look(_KIND_LOOKS[kind]))
-            ends.append(axes.text(max(left, left + ms), row, f" {ms:,.0f} ms", va="center", fontsize=pt(8)))
-            left += ms
             below = row + (1.3 if row < len(account) - 1 else 0.3)
-            axes.plot([left, left], [row - 0.3, below], color="#999999", linewidth=pt(0.6))
+            axes.plot([end, end], [row - 0.3, below], color=GRID_COLOR, linewidth=pt(0.6))
         axes.axvline(total_ms, color=COLORS["used"], linewidth=pt(0.8))
-        axes.set_yticks(range(len(account)), _names_in_lines(figure, account["part"]))
-        axes.invert_yaxis()
-        axes.set_xlim(0, max(total_ms, left))
-        axes.set_axisbelow(True)
-        axes.xaxis.set_major_formatter(_PLAIN)
+        axes.set_xlim(0, max(total_ms, ends_ms.iloc[-1]))
+        axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
         axes.set_xlabel(
             tr("time of a token (ms); the black line is the reported {total_s:.1f} s", total_s=total_ms / 1e3)
         )
+        _name_bars(axes, [wrapped(tr_label(part), 0.38 * figure.get_figwidth(), pt(9)) for part in account["part"]])
         _legend_of_looks(figure, _KIND_LOOKS)
-        _make_room(figure, axes, ends)
-    parts = zip(account["part"], account["kind"], account["seconds"], strict=True)
+        _write_ends(figure, axes, np.maximum(starts_ms, ends_ms).tolist(), [f" {ms:,.0f} ms" for ms in times_ms])
+    words = [
+        tr("{part} ({kind}): {ms:.0f} ms", part=tr_label(part), kind=tr(kind), ms=ms)
+        for part, kind, ms in zip(account["part"], account["kind"], times_ms, strict=True)
+    ]
     figure.alt_text = tr(
-        "An account of {total_s:.1f} s a token. {parts}.",
+        "An account of {total_s:.1f} s a token. {parts}.", total_s=total_ms / 1e3, parts="; ".join(words)
+    )
+    figure.caption = tr(
+        "An account of the {total_s:.1f} s that a token is reported to take. Each bar begins where the one above it "
+        "ends. The floor and the estimates are computed from the card's published figures; Python and polling were "
+        "measured, not on that card; the rest is unexplained.",
         total_s=total_ms / 1e3,
-        parts="; ".join(
-            tr("{part} ({kind}): {ms:.0f} ms", part=tr(part), kind=tr(kind), ms=seconds * 1e3)
-            for part, kind, seconds in parts
-        ),
     )
     return figure
 
 
-_PLAIN = FuncFormatter(lambda value, _: f"{value:,.10g}")
+def _with_names(parts: pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
+    """The table with its index, the precisions, as a column, as a file keeps it."""
+    return (parts if "precision" in parts else parts.rename_axis("precision").reset_index()), {}
 
 
-def _need(table: pd.DataFrame, *columns: str) -> None:
-    if missing := [column for column in columns if column not in table.columns]:
-        raise FigureError(f"the table has no column {missing[0]!r}; it has {', '.join(table.columns) or 'none'}.")
-    if table.empty:
-        raise FigureError("no rows to draw: measure something first.")
+@draws({"precision": str}, empty="no precision to draw: give at least one row.", convert=_with_names)
+def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> SuiteFigure:
+    """Draw the bytes of each precision, stacked by part, with a card's memory as a line.
 
+    Args:
+        parts: a row per precision, a column per part of :data:`PRECISION_LOOKS`, in bytes.
+        card: what the line is called.
+        card_mib: the card's memory.
 
-def _logarithmic(axes: Axes) -> None:
-    """Logarithmic scales of what is drawn, with plain numbers; lengths double from mark to mark.
+    Returns:
+        A figure of horizontal bars; memory in MiB, the total beside each name.
 
-    Where times span less than two powers of ten, 2 and 5 have their marks, too.
+    Example:
+        >>> parts = pd.DataFrame({"MLP": [2**30, 2**28], "KV payload": [2**20, 2**20]}, index=["bf16", "int4"])
+        >>> precision_chart(parts, card="a card", card_mib=512).alt_text
+        'Memory by precision: bf16 1,025 MiB (does not fit), int4 257 MiB (fits), against 512 MiB of a card.'
     """
-    axes.set_yscale("log")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(_PLAIN)
-    least, most = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 100 * least else (1,)))
-    axes.yaxis.set_major_formatter(_PLAIN)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _check_looks("part", parts.columns.drop("precision"), PRECISION_LOOKS)
+    stacked = parts.set_index("precision") / MIB
+    if (stacked < 0).any(axis=None):
+        raise FigureError("a part has less than 0 bytes. Give bytes.")
+    totals = stacked.sum(axis=1)
+    widest = max(float(totals.max()), card_mib)
+    with drawing(6.3, 1.7 + 0.55 * len(stacked), axes_grid_axis="x", axes_axisbelow=True) as figure:
+        axes = figure.subplots()
+        left = pd.Series(0.0, index=stacked.index)
+        for part, (color, hatch) in PRECISION_LOOKS.items():
+            if part in stacked:
+                widths = stacked[part]
+                label = tr(part) if widths.max() >= _LISTED_FROM * widest else "_nolegend_"
+                look: Look = {"color": color, "hatch": hatch, "label": label, "height": 0.62}
+                axes.barh(range(len(stacked)), widths, left=left, **look)
+                left = left + widths
+        card_label = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
+        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=card_label, zorder=3)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
+        axes.set_xlim(0, widest * 1.02)
+        axes.set_xlabel(tr("memory (MiB)"))
+        _name_bars(axes, [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()])
+        legend_below(figure, *axes.get_legend_handles_labels(), ncols=4)
+        _write_lengths(figure, axes)
+    verdicts = ", ".join(
+        tr("{precision} {total:,.0f} MiB ({verdict})", precision=precision, total=total,
+           verdict=tr("fits") if total <= card_mib else tr("does not fit"))
+        for precision, total in totals.items()
+    )  # fmt: skip
+    figure.alt_text = tr(
+        "Memory by precision: {verdicts}, against {card_mib:,.0f} MiB of {card}.",
+        verdicts=verdicts, card_mib=card_mib, card=card,
+    )  # fmt: skip
+    figure.caption = tr(
+        "What a model needs in each precision: weights by component, what quantisation keeps beside them, keys and "
+        "values, and a CUDA context. The dashed line is the memory of {card}; inactive blocks of the allocator are "
+        "not counted.",
+        card=card,
+    )
+    return figure
 
 
-def _polling_look(answers: bool) -> dict[str, Any]:
-    """Arguments of a way's bar: hollow where it got no answer."""
-    return {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
+def _write_lengths(figure: SuiteFigure, axes: Axes) -> None:
+    """Write each bar's length at its left, on a ground without pattern, where it has room."""
+    figure.draw_without_rendering()
+    for bar in (bar for bars in axes.containers for bar in bars):
+        color = bar.get_facecolor()
+        number = axes.annotate(
+            f"{bar.get_width():,.0f}", (bar.get_x(), bar.get_y() + bar.get_height() / 2), (pt(3), 0),
+            textcoords="offset points", va="center", fontsize=pt(7), color=ink_on(color),
+            bbox={"facecolor": color, "edgecolor": "none", "pad": pt(1)},
+        )  # fmt: skip
+        number.set_visible(number.get_window_extent().x1 < bar.get_window_extent().x1)
 
 
-def _bar_look(look: tuple[str, str]) -> dict[str, Any]:
+def _check_looks(what: str, names: Any, looks: Mapping[str, Any]) -> None:
+    if unknown := sorted(set(names) - set(looks)):
+        raise FigureError(f"{what} {unknown[0]!r} is not known. Use {', '.join(looks)}.")
+
+
+def _bar_look(look: tuple[str, str]) -> Look:
     """Arguments of a bar or a legend's patch, from its colour and pattern."""
     color, hatch = look
     return {"facecolor": color, "hatch": hatch, "edgecolor": COLORS["context"], "linewidth": pt(0.5)}
@@ -320,27 +418,23 @@ def _legend_of_looks(figure: SuiteFigure, looks: Mapping[str, tuple[str, str]]) 
     legend_below(figure, [Patch(**_bar_look(look)) for look in looks.values()], [tr(name) for name in looks], ncols=4)
 
 
-def _names_in_lines(figure: SuiteFigure, names: "pd.Series[str]") -> list[str]:
-    """Names of bars, in lines that leave the larger part of the width to the bars."""
-    return [wrapped(tr(name), 0.38 * figure.get_figwidth(), pt(9)) for name in names]
+def _name_bars(axes: Axes, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
 
 
-def _make_room(figure: SuiteFigure, axes: Axes, ends: Sequence[Text]) -> None:
-    """Lengthen the horizontal axis until what is written behind the bars has room inside it."""
-    for text in ends:
+def _write_ends(figure: SuiteFigure, axes: Axes, ends: Sequence[float], labels: Sequence[str]) -> None:
+    """Write a text after every bar, and lengthen the horizontal axis until all have room inside it."""
+    written = [
+        axes.text(end, row, label, va="center", fontsize=pt(8))
+        for row, (end, label) in enumerate(zip(ends, labels, strict=True))
+    ]
+    for text in written:
         text.set_in_layout(False)  # the panel gets the width that it has in the end
     figure.draw_without_rendering()
     scale, panel = axes.xaxis.get_transform(), axes.get_window_extent().width
     left, right = scale.transform(axes.get_xlim())
-    for text in ends:
-        start = float(scale.transform([text.get_position()[0]])[0]) - left
+    for text, end in zip(written, ends, strict=True):
+        start = float(scale.transform([end])[0]) - left
         right = max(right, left + start * panel / (panel - text.get_window_extent().width))
     axes.set_xlim(right=float(scale.inverted().transform([right])[0]))
-
-
-def _draw_series(axes: Axes, rows: pd.DataFrame, column: str, label: str, color: str, marker: str) -> None:
-    """Dots of the medians with whiskers from p10 to p90."""
-    lengths = rows["context_tokens" if "context_tokens" in rows else "prompt_tokens"]
-    whiskers = [rows[column] - rows["p10_ms"], rows["p90_ms"] - rows[column]]
-    look: dict[str, Any] = {"color": color, "markersize": pt(5), "elinewidth": pt(0.8)}
-    axes.errorbar(lengths, rows[column], yerr=whiskers, fmt=marker, label=label, **look)

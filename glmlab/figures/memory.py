@@ -1,4 +1,7 @@
-"""Memory against context: measured, forecast and reported Curves in one picture."""
+"""Memory in pictures: curves against context, a forecast by component, the allocator's pools.
+
+What was measured is drawn as dots, what was forecast as a solid line, what others reported as hollow markers.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,27 +9,115 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from glmlab.core.curve import Curve
-from glmlab.figures.settings import FigureError, pt, tr, tr_label
-from glmlab.figures.style import COLORS, SuiteFigure, drawing, legend_below, most_ticks
+from glmlab.allocator.caching import SegmentView
+from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, Curve
+from glmlab.core.units import MIB
+from glmlab.figures.saving import Arguments, draws
+from glmlab.figures.style import (
+    COLORS,
+    GRID_COLOR,
+    HATCH_COLOR,
+    HATCHES,
+    FigureError,
+    Look,
+    SuiteFigure,
+    current_settings,
+    drawing,
+    legend_below,
+    most_ticks,
+    pt,
+)
+from glmlab.figures.translations import msg, tr, tr_label
 
 _MARKERS = "os^Dvp"
+_MEMORY_COLUMNS = {"used_mib": msg("GPU memory used"), "rss_mib": msg("process memory")}
+_KINDS = (msg("measured"), msg("forecast"), msg("reported"))
+_CONTEXT_COLUMNS = {"context_tokens": msg("tokens"), "context_characters": msg("characters")}
+
+_Ruler = tuple["pd.Series[float]", ...]
+"""Tokens and characters, rising in both; empty where no curve counts both."""
+
+COMPONENT_LOOKS: dict[str, tuple[str, str, Any, str]] = {  # label, colour, line of its change, hatch
+    "weights_mib": (msg("weights"), COLORS["weights"], "-", ""),
+    "quantisation_state_mib": (msg("quantisation state"), COLORS["quantisation state"], "-", ""),
+    "kv_payload_mib": (msg("KV payload"), COLORS["kv"], "-", HATCHES["kv"]),
+    "kv_copies_mib": (msg("KV copies"), COLORS["kv copies"], "--", HATCHES["kv copies"]),
+    "activations_mib": (msg("activations, workspace"), COLORS["activations"], ":", HATCHES["activations"]),
+    "inactive_small_mib": (
+        msg("inactive, small pool"), COLORS["inactive small"], "-.", HATCHES["inactive small"],
+    ),
+    "inactive_large_mib": (
+        msg("inactive, large pool"), COLORS["inactive large"], (0, (5, 1, 1, 1, 1, 1)), HATCHES["inactive large"],
+    ),
+    "cuda_context_mib": (msg("CUDA context"), COLORS["context"], "-", ""),
+}  # fmt: skip
+"""Components of a forecast in the order in which they are stacked; the weights of all kinds are one."""
 
 
-def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
+# -- curves ------------------------------------------------------------------------------------------------------------
+
+
+def curves_table(curves: Sequence[Curve] | pd.DataFrame) -> pd.DataFrame:
+    """What :func:`memory_curve` shows of several curves, one row a point, each with its curve's number, label and kind.
+
+    Of a forecast, which has a row for every step, the points between which nothing changes are left out.
+
+    Raises:
+        FigureError: a curve has neither used_mib nor rss_mib.
+
+    Example:
+        >>> table = pd.DataFrame({"step": [0], "turn": [0], "context_tokens": [0], "used_mib": [1.0]})
+        >>> curves_table([Curve(table, label="a"), Curve(table, label="b")])["curve"].tolist()
+        ['a', 'b']
+    """
+    if isinstance(curves, pd.DataFrame):
+        return curves
+    parts = [pd.DataFrame(columns=["number", "curve", "kind"])]
+    for number, curve in enumerate(curves, start=1):
+        memory = next((column for column in _MEMORY_COLUMNS if column in curve.memory_columns), None)
+        if memory is None:
+            raise FigureError(
+                f"curve {curve.label!r} has neither used_mib nor rss_mib, only "
+                f"{', '.join(curve.memory_columns)}: nothing to draw."
+            )
+        columns = [name for name in ("turn", *_CONTEXT_COLUMNS, memory, "kv_mib") if name in curve.table.columns]
+        table = curve.table.loc[curve.table[memory].notna(), columns]
+        if curve.kind == "forecast":
+            table = _corners(table)
+        parts.append(table.assign(number=number, curve=curve.label, kind=curve.kind))
+    table = pd.concat(parts[1:] or parts, ignore_index=True)
+    return table[["number", "curve", "kind", *table.columns.drop(["number", "curve", "kind"])]]
+
+
+def _corners(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at which a line through any column bends, or used_mib steps: lines through them are the same."""
+    change = table.diff()
+    bends = (change.diff().shift(-1).abs() > 1e-9).any(axis=1)
+    steps = change["used_mib"] != 0
+    keep = bends | steps | steps.shift(-1, fill_value=True)
+    keep.iloc[[0, min(1, len(keep) - 1), -1]] = True
+    return table[keep]
+
+
+@draws(
+    {"number": int, "curve": str, "kind": str},
+    empty="no curve to draw: give at least one recording or forecast.",
+    convert=lambda data: (curves_table(data), {}),
+)
+def memory_curve(curves: pd.DataFrame) -> SuiteFigure:
     """Draw memory against context length: above what is used, below how much it grew, beside the exact KV payload.
 
     Args:
-        curves: measured, forecast or reported. Each is drawn from its ``used_mib``, or ``rss_mib`` where it has no GPU.
-            A reported curve counts characters; it is placed by the characters of the first curve that has both counts.
+        curves: Curves, measured, forecast or reported, or their ``curves_table``. Each is drawn from its ``used_mib``,
+            or ``rss_mib`` where it has no GPU. A curve that counts characters only is placed by the first curve that
+            counts both.
 
     Returns:
         A figure of two panels over context tokens, with characters on the upper axis; memory in MiB.
-
-    Raises:
-        FigureError: no curve, none with context tokens, or one without a memory column to draw.
 
     Example:
         >>> table = pd.DataFrame({"step": [0, 9], "turn": [0, 1], "context_tokens": [0, 900],
@@ -35,19 +126,19 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['memory (MiB)', 'growth since loading (MiB)']
     """
-    if not curves:
-        raise FigureError("no curve to draw: give at least one recording or forecast.")
-    ruler = _token_ruler(curves)
+    numbers = curves.columns.intersection([*_CONTEXT_COLUMNS, *_MEMORY_COLUMNS, "kv_mib"])
+    curves = curves.astype(dict.fromkeys(numbers, float))
+    each = [rows.dropna(axis="columns", how="all") for _, rows in curves.groupby("number", sort=False)]
+    ruler = _token_ruler(each)
+    n_forecasts = 0
     with drawing(6.3, 5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
-        n_forecasts = 0
-        for index, curve in enumerate(curves):
-            if curve.kind == "forecast":
+        for index, rows in enumerate(each):
+            look: Look = {"color": COLORS["used"], "marker": _MARKERS[index % len(_MARKERS)]}
+            if rows["kind"].iloc[0] == "forecast":
                 look = _forecast_look(n_forecasts)
                 n_forecasts += 1
-            else:
-                look = {"marker": _MARKERS[index % len(_MARKERS)]}
-            _draw_memory(above, below, curve, ruler, look)
+            _draw_memory(above, below, rows, ruler, look)
         above.set_ylabel(tr("memory (MiB)"))
         below.set_ylabel(tr("growth since loading (MiB)"))
         below.set_xlabel(tr("context length (tokens)"))
@@ -55,134 +146,278 @@ def memory_curve(curves: Sequence[Curve]) -> SuiteFigure:
         for axes in (above, below):
             axes.margins(x=0.03, y=0.12)
         legend_below(figure, *below.get_legend_handles_labels())
-    figure.alt_text = " ".join([tr("Memory against context length."), *(_in_words(curve) for curve in curves)])
+    figure.alt_text = " ".join([tr("Memory against context length."), *map(_in_words, each)])
+    figure.caption = tr(
+        "Memory against the length of the context. Dots are measured, solid lines are forecast, thicker from one to "
+        "the next, and hollow marks are what others report. Dashed lines are the exact KV payload."
+    )
     return figure
 
 
-def _in_words(curve: Curve) -> str:
+def _memory_of(rows: pd.DataFrame) -> str:
+    """Name of the column that stands for memory."""
+    column = next((name for name in _MEMORY_COLUMNS if name in rows.columns), None)
+    if column is None:
+        raise FigureError(f"curve {rows['curve'].iloc[0]!r} has neither used_mib nor rss_mib: nothing to draw.")
+    return column
+
+
+def _in_words(rows: pd.DataFrame) -> str:
     """One sentence on a curve: from where to where, over how long a context."""
-    table = curve.table[curve.table[memory_column(curve)].notna()]
-    memory = table[memory_column(curve)]
-    ruler = "context_tokens" if "context_tokens" in table.columns else "context_characters"
+    memory = rows[_memory_of(rows)]
+    ruler = next(column for column in _CONTEXT_COLUMNS if column in rows.columns)
     return tr(
         "{label} ({kind}): {first:.0f} MiB at first, {last:.0f} MiB at {length:.0f} {unit}.",
-        label=tr_label(curve.label), kind=tr(curve.kind), first=memory.iloc[0], last=memory.iloc[-1],
-        length=table[ruler].iloc[-1], unit=tr(ruler.removeprefix("context_")),
+        label=tr_label(rows["curve"].iloc[0]), kind=tr_label(rows["kind"].iloc[0]), first=memory.iloc[0],
+        last=memory.iloc[-1], length=rows[ruler].iloc[-1], unit=tr(_CONTEXT_COLUMNS[ruler]),
     )  # fmt: skip
 
 
-def _forecast_look(index: int) -> dict[str, Any]:
-    """Colour and width of the n-th solid line: told apart without colour, too."""
-    colors = (COLORS["allocated"], COLORS["activations"], COLORS["slack large"])
+def _forecast_look(index: int) -> Look:
+    """Colour and width of the n-th solid line, distinct without colour, too."""
+    colors = (COLORS["allocated"], COLORS["activations"], COLORS["inactive large"])
     linewidth = 0.9 + 0.9 * (index % 4)
     return {"color": colors[index % len(colors)], "linewidth": pt(linewidth), "zorder": 3 - linewidth / 10}
 
 
-def _draw_memory(above: Axes, below: Axes, curve: Curve, ruler: pd.DataFrame, own_look: dict[str, Any]) -> None:
-    column = memory_column(curve)
-    table = curve.table[curve.table[column].notna()]
-    tokens = _tokens_of(table, ruler)
-    memory = table[column].to_numpy(float)
-    what = {"label": tr_label(curve.label), "what": tr(_COLUMN_NAMES[column]), "kind": tr(curve.kind)}
-    label = tr("{label}, {what} ({kind})", **what)
-    look: dict[str, Any] = {"color": COLORS["used"], **own_look}
-    if curve.kind == "measured":
+def _draw_memory(above: Axes, below: Axes, rows: pd.DataFrame, ruler: _Ruler, look: Look) -> None:
+    column, kind, name = _memory_of(rows), rows["kind"].iloc[0], tr_label(rows["curve"].iloc[0])
+    tokens = rows["context_tokens"] if "context_tokens" in rows else _convert(rows["context_characters"], *ruler[::-1])
+    memory = rows[column].to_numpy(float)
+    label = tr("{label}, {what} ({kind})", label=name, what=tr(_MEMORY_COLUMNS[column]), kind=tr_label(kind))
+    if kind == "measured":
         look |= {"markersize": pt(4), "linewidth": pt(0.8), "linestyle": ":"}
-    elif curve.kind == "forecast":
+    elif kind == "forecast":
         look |= {"drawstyle": "steps-post"}
     else:
         look |= {"markersize": pt(6), "linestyle": "none", "markerfacecolor": "white"}
-    if curve.kind != "reported":
+    if kind != "reported":
         above.plot(tokens, memory, label=label, **look)
     below.plot(tokens, memory - memory[0], label=label, **look)
-    if "kv_mib" in table and table["kv_mib"].notna().any():
-        below.plot(
-            tokens,
-            table["kv_mib"] - table["kv_mib"].iloc[0],
-            color=COLORS["kv"],
-            linestyle="--",
-            label=tr("{label}, KV payload (exact)", label=tr_label(curve.label)),
-        )
+    if "kv_mib" in rows:
+        payload = rows["kv_mib"] - rows["kv_mib"].iloc[0]
+        label = tr("{label}, KV payload (exact)", label=name)
+        below.plot(tokens, payload, color=COLORS["kv"], linestyle="--", label=label)
 
 
-_COLUMN_NAMES = {"used_mib": "GPU memory used", "rss_mib": "process memory"}
-
-
-def memory_column(curve: Curve) -> str:
-    """Name the column that stands for "memory" in a curve: ``used_mib``, or ``rss_mib`` where no GPU was read.
-
-    Raises:
-        FigureError: the curve has neither.
-    """
-    for column in _COLUMN_NAMES:
-        if column in curve.memory_columns:
-            return column
-    raise FigureError(
-        f"curve {curve.label!r} has neither used_mib nor rss_mib, only "
-        f"{', '.join(curve.memory_columns)}: nothing to draw."
-    )
-
-
-def _token_ruler(curves: Sequence[Curve]) -> pd.DataFrame:
-    """Tokens and characters of the first curve that counts both, one row a length, rising in both."""
-    for curve in curves:
-        if {"context_tokens", "context_characters"} <= set(curve.table.columns):
-            both = curve.table[["context_tokens", "context_characters"]].dropna().astype(float)
+def _token_ruler(curves: Sequence[pd.DataFrame]) -> _Ruler:
+    """That of the first curve that counts both."""
+    for rows in curves:
+        if set(_CONTEXT_COLUMNS) <= set(rows.columns):
+            both = rows[list(_CONTEXT_COLUMNS)].dropna().astype(float)
             both = both.sort_values("context_tokens").drop_duplicates("context_tokens", keep="last")
             both = both[both["context_characters"].diff().fillna(1) > 0]
             if len(both) >= 2:
-                return both
-    tokens = [curve for curve in curves if "context_tokens" in curve.table.columns]
-    if len(tokens) < len(curves):
+                return both["context_tokens"], both["context_characters"]
+    if not all("context_tokens" in rows.columns for rows in curves):
         raise FigureError(
             "a curve counts characters only, and no other counts both tokens and characters to place it by. "
             "Draw it together with a recording."
         )
-    return pd.DataFrame(columns=["context_tokens", "context_characters"], dtype=float)
+    return ()
 
 
-def _tokens_of(table: pd.DataFrame, ruler: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.float64]]:
-    if "context_tokens" in table.columns:
-        return table["context_tokens"].to_numpy(float)
-    return _convert(table["context_characters"].to_numpy(float), ruler["context_characters"], ruler["context_tokens"])
-
-
-def _convert(
-    values: Any, known: "pd.Series[float]", wanted: "pd.Series[float]"
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _convert(values: Any, known: "pd.Series[float]", wanted: "pd.Series[float]") -> Any:
     """Linear interpolation; beyond the last known point at the mean rate of the whole."""
     x, y = known.to_numpy(float), wanted.to_numpy(float)
     rate = (y[-1] - y[0]) / (x[-1] - x[0])
     values = np.asarray(values, float)
-    inside = np.interp(values, x, y)
     beyond = np.where(values > x[-1], (values - x[-1]) * rate, 0) + np.where(values < x[0], (values - x[0]) * rate, 0)
-    return np.asarray(inside + beyond)
+    return np.interp(values, x, y) + beyond
 
 
-def _add_character_axis(figure: SuiteFigure, axes: Axes, ruler: pd.DataFrame) -> None:
-    if len(ruler) < 2:
-        return
-    tokens, characters = ruler["context_tokens"], ruler["context_characters"]
-    upper = axes.secondary_xaxis(
-        "top",
-        functions=(lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens)),
+def _add_character_axis(figure: SuiteFigure, axes: Axes, ruler: _Ruler) -> None:
+    if ruler:
+        tokens, characters = ruler
+        functions = (lambda x: _convert(x, tokens, characters), lambda x: _convert(x, characters, tokens))
+        upper = axes.secondary_xaxis("top", functions=functions)
+        upper.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
+        upper.set_xlabel(tr("conversation length (characters)"))
+
+
+# -- components --------------------------------------------------------------------------------------------------------
+
+
+def components_table(curve: Curve | pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
+    """What :func:`component_chart` shows of a forecast: used_mib and its components, at the steps where a line bends.
+
+    Raises:
+        FigureError: the curve has no components.
+    """
+    if isinstance(curve, pd.DataFrame):
+        return curve, {}
+    missing = [column for column in COMPONENTS if column not in curve.table.columns]
+    if missing:
+        raise FigureError(f"curve {curve.label!r} has no components ({missing[0]}). Give a forecast.")
+    table = curve.table.assign(weights_mib=curve.table[list(WEIGHT_COLUMNS)].sum(axis=1))
+    return _corners(table[["turn", "context_tokens", "used_mib", *COMPONENT_LOOKS]]), {"label": curve.label}
+
+
+@draws(
+    {"turn": int, "context_tokens": float, "used_mib": float, **dict.fromkeys(COMPONENT_LOOKS, float)},
+    empty="no step to draw: give a forecast of at least one.",
+    convert=components_table,
+)
+def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
+    """Draw a forecast by component: above stacked up to what is used, below how each changed since the first step.
+
+    Args:
+        parts: a forecast, or its ``components_table``.
+        label: what is forecast; that of the Curve.
+
+    Returns:
+        A figure of two panels over steps of context; memory in MiB. Turns begin at the vertical lines.
+    """
+    stacked = parts[list(COMPONENT_LOOKS)]
+    missed = float((stacked.sum(axis=1) - parts["used_mib"]).abs().max())
+    if not missed <= 1e-6:
+        raise FigureError(f"the components of {label!r} miss used_mib by up to {missed:.3f} MiB.")
+    tokens = parts["context_tokens"].to_numpy(float)
+    names, colors, _, hatches = zip(*COMPONENT_LOOKS.values(), strict=True)
+    with drawing(6.3, 6.0) as figure:
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.stackplot(
+            tokens, stacked.T.to_numpy(float), labels=[tr(name) for name in names], colors=colors, hatch=hatches,
+            edgecolor=HATCH_COLOR, linewidth=0,
+        )  # fmt: skip
+        used: Look = {"color": COLORS["used"], "drawstyle": "steps-post"}
+        above.plot(tokens, parts["used_mib"], label=tr("used (forecast)"), **used)
+        above.set_ylabel(tr("memory (MiB)"))
+        first = min(1, len(parts) - 1)
+        changes = (parts - parts.iloc[first])[first:]
+        for column, (_, color, line, _) in COMPONENT_LOOKS.items():
+            if changes[column].abs().max() >= 0.5:
+                below.plot(tokens[first:], changes[column], color=color, linestyle=line)
+        below.plot(tokens[first:], changes["used_mib"], **used)
+        below.set_ylabel(tr("change since the first step (MiB)"))
+        below.set_xlabel(tr("context length (tokens)"))
+        turns = parts["turn"].diff() > 0
+        for start in parts.loc[turns, "context_tokens"].iloc[1:]:
+            below.axvline(start, color=GRID_COLOR, linewidth=pt(0.5), zorder=0)
+        for axes in (above, below):
+            axes.margins(x=0)
+        legend_below(figure, *above.get_legend_handles_labels(), ncols=3)
+    last = parts.iloc[-1]
+    shares = [f"{tr(look[0])} {last[name]:.0f}" for name, look in COMPONENT_LOOKS.items() if last[name] >= 0.5]
+    figure.alt_text = tr(
+        "{label} (forecast): {first:.0f} MiB after loading, {last:.0f} MiB at {tokens:.0f} tokens, of which "
+        "{parts} MiB.",
+        label=tr_label(label), first=parts["used_mib"].iloc[0], last=last["used_mib"], tokens=tokens[-1],
+        parts=", ".join(shares),
+    )  # fmt: skip
+    figure.caption = tr(
+        "Forecast of {label} by component. Above, stacked up to what gpustat would show; below, the change of each "
+        "part since the first step. Vertical lines are turns.",
+        label=tr_label(label),
     )
-    upper.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
-    upper.set_xlabel(tr("conversation length (characters)"))
+    return figure
 
 
-def curves_table(curves: Sequence[Curve]) -> pd.DataFrame:
-    """Stack the tables of several curves, each row with its curve's label and kind: what a figure shows, as one CSV.
+# -- pools -------------------------------------------------------------------------------------------------------------
+
+_POOL_LOOKS = {  # what a block holds -> colour, hatch
+    "weights": (msg("weights"), COLORS["weights"], ""),
+    "quantisation": (msg("quantisation state"), COLORS["quantisation state"], ""),
+    "kv": (msg("KV cache"), COLORS["kv"], HATCHES["kv"]),
+    "": (msg("in flight"), COLORS["activations"], HATCHES["activations"]),
+    "inactive": (msg("inactive"), "#ffffff", ""),
+}
+_POOL_TITLES = {
+    "small": msg("small pool: {inactive:.0f} MiB inactive\n{segments} segments, {full} of them full"),
+    "large": msg("large pool: {inactive:.0f} MiB inactive\n{segments} segments, {full} of them full"),
+}
+_POOL_SENTENCES = {
+    "small": msg("The small pool has {inactive:.0f} MiB inactive in {open} of {segments} segments."),
+    "large": msg("The large pool has {inactive:.0f} MiB inactive in {open} of {segments} segments."),
+}
+_LEAST_WIDTH_BESIDE_IN = 4.5  # below, the pools stand one under the other
+
+
+def segments_table(segments: Sequence[SegmentView], owners: Sequence[str]) -> pd.DataFrame:
+    """The blocks of segments as a table, one row a block: what :func:`pool_map` shows.
+
+    Args:
+        segments: from ``CachingAllocator.segments`` or a replay.
+        owners: names of the owners that blocks refer to (``EventProgram.owners``).
 
     Example:
-        >>> table = pd.DataFrame({"step": [0], "turn": [0], "context_tokens": [0], "used_mib": [1.0]})
-        >>> curves_table([Curve(table, label="a"), Curve(table, label="b")])["curve"].tolist()
-        ['a', 'b']
+        >>> from glmlab.allocator.caching import CachingAllocator
+        >>> allocator = CachingAllocator()
+        >>> _ = allocator.malloc(600, owner=0)
+        >>> segments_table(allocator.segments(), ["kv_cache"])[["pool", "block_bytes", "holds"]].values.tolist()
+        [['small', 1024, 'kv_cache'], ['small', 2096128, 'inactive']]
     """
-    parts = []
-    for curve in curves:
-        table = curve.table.copy()
-        table.insert(0, "curve", curve.label)
-        table.insert(1, "kind", curve.kind)
-        parts.append(table)
-    return pd.concat(parts, ignore_index=True)
+    rows = [
+        (number, segment.pool, segment.size, block.address - segment.address, block.size,
+         owners[block.owner] if block.live else "inactive")
+        for number, segment in enumerate(segments)
+        for block in segment.blocks
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=["segment", "pool", "segment_bytes", "offset_bytes", "block_bytes", "holds"])
+
+
+@draws(
+    {"segment": int, "pool": str, "segment_bytes": float, "offset_bytes": float, "block_bytes": float, "holds": str},
+    empty="no segments to draw: the allocator has not taken any memory yet.",
+)
+def pool_map(blocks: pd.DataFrame, *, tokens: int | None = None) -> SuiteFigure:
+    """Draw the allocator's segments that are not full: every segment a bar, every block coloured by its owner.
+
+    Args:
+        blocks: from ``segments_table``.
+        tokens: the context length at that moment.
+
+    Returns:
+        A figure of two panels, small pool and large pool; bars in MiB from each segment's start. Full segments, such as
+        those of the weights, are counted in the panel's title only.
+    """
+    looks = blocks["holds"].map(_pool_look)
+    beside = current_settings().layout_width_in(6.3) >= _LEAST_WIDTH_BESIDE_IN
+    title = "" if tokens is None else tr("after the step to {tokens:,} tokens", tokens=tokens)
+    with drawing(6.3, 4.6 if beside else 7.0, axes_grid=False) as figure:
+        panels = figure.subplots(1, 2, width_ratios=(1, 2)) if beside else figure.subplots(2, 1, height_ratios=(1, 2))
+        words = [
+            _draw_pool(axes, pool, blocks.assign(look=looks)[blocks["pool"] == pool])
+            for axes, pool in zip(panels, _POOL_TITLES, strict=True)
+        ]
+        shown = [look for kind, look in _POOL_LOOKS.items() if kind == "inactive" or kind in set(looks)]
+        handles = [Patch(facecolor=color, hatch=hatch, edgecolor=HATCH_COLOR, linewidth=pt(0.3))
+                   for _, color, hatch in shown]  # fmt: skip
+        legend_below(figure, handles, [tr(name) for name, _, _ in shown], ncols=5)
+        figure.suptitle(title, fontsize=pt(9))
+    figure.alt_text = " ".join([tr("Map of the allocator's pools."), title, *words])
+    figure.caption = tr(
+        "Segments of the allocator that are not full, {moment}. A bar is a segment that the driver gave, its blocks "
+        "coloured and hatched by what they hold; white is inactive.",
+        moment=title or tr("at one moment"),
+    )
+    return figure
+
+
+def _pool_look(holds: str) -> str:
+    """Key of a look: the kind of an owner such as ``weights_mlp``."""
+    return next(kind for kind in ("inactive", "weights", "quantisation", "kv", "") if kind in holds.lower())
+
+
+def _draw_pool(axes: Axes, pool: str, blocks: pd.DataFrame) -> str:
+    """Bars of the segments of one pool that are not full; returns the panel in words."""
+    inactive = blocks[blocks["look"] == "inactive"]
+    n_segments, n_open = blocks["segment"].nunique(), inactive["segment"].nunique()
+    open_blocks = blocks[blocks["segment"].isin(inactive["segment"])].sort_values("segment_bytes", kind="stable")
+    rows = open_blocks.groupby("segment", sort=False).ngroup()
+    for look, of_look in open_blocks.assign(row=rows).groupby("look"):
+        left, right = of_look["offset_bytes"] / MIB, (of_look["offset_bytes"] + of_look["block_bytes"]) / MIB
+        corners = [
+            [(x0, y - 0.4), (x0, y + 0.4), (x1, y + 0.4), (x1, y - 0.4)]
+            for x0, x1, y in zip(left, right, of_look["row"], strict=True)
+        ]
+        _, color, hatch = _POOL_LOOKS[str(look)]
+        bars: Look = {"facecolor": color, "hatch": hatch, "edgecolor": HATCH_COLOR, "linewidth": pt(0.2)}
+        axes.add_collection(PolyCollection(corners, **bars))
+    axes.autoscale_view()
+    counts = {"inactive": inactive["block_bytes"].sum() / MIB, "segments": n_segments, "full": n_segments - n_open}
+    axes.set_title(tr(_POOL_TITLES[pool], **counts))
+    axes.set_xlabel(tr("MiB from the segment's start"))
+    axes.set_yticks([])
+    axes.set_ylabel(tr("segments with room"))
+    return tr(_POOL_SENTENCES[pool], **counts, open=n_open)

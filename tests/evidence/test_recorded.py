@@ -138,7 +138,7 @@ def test_recordings_are_told_from_what_lies_beside_them(tmp_path: Path) -> None:
         file = tmp_path / "a.json"
         file.write_text(json.dumps({"provenance": {"command": command}}), encoding="utf-8")
         assert is_recording(file) is expected
-    assert not is_recording(data_path("recordings", "decode-steps-embedded.json"))
+    assert not is_recording(data_path("figures", "decode_steps.json"))
 
 
 def test_times_below_the_floor_and_a_silent_driver_do_not_pass() -> None:

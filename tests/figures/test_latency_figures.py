@@ -1,9 +1,10 @@
-"""Figures of time: what is measured and what is computed look apart, bars are as long as their parts, words say it."""
+"""Figures of time and bytes: measured and computed look apart, bars are as long as their parts, words say it."""
 
 import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
+from glmlab.core.units import MIB
 from glmlab.figures import (
     COLORS,
     FigureError,
@@ -11,9 +12,10 @@ from glmlab.figures import (
     first_token_curve,
     latency_curve,
     polling_chart,
+    precision_chart,
     token_parts_chart,
 )
-from glmlab.figures.latency import PART_LOOKS
+from glmlab.figures.latency import PRECISION_LOOKS, TIME_LOOKS
 from glmlab.latency.account import chapter_account
 from glmlab.latency.profile import PARTS
 
@@ -60,7 +62,7 @@ def test_the_first_token_beside_what_would_be_in_proportion():
 
 
 def test_every_part_has_a_look_and_bars_are_as_long_as_the_step():
-    assert tuple(PART_LOOKS) == PARTS
+    assert tuple(TIME_LOOKS) == PARTS
     table = pd.DataFrame({"precision": "fp32", "part": PARTS, "ms": [0.2, 0.1, 0.1, 0.1, 1.0, 0.1, 0.05]})
     figure = token_parts_chart(table)
     bars = figure.axes[0].patches
@@ -92,16 +94,46 @@ def test_the_waterfall_begins_each_part_where_the_last_one_ends():
     assert "unexplained (unexplained): " in figure.alt_text
 
 
-@pytest.mark.parametrize("draw", [latency_curve, first_token_curve, token_parts_chart, polling_chart, account_chart])
-def test_what_cannot_be_drawn_is_refused(draw, times):
-    with pytest.raises(FigureError, match="the table has no column"):
-        draw(pd.DataFrame({"nothing": []}))
+class TestPrecisions:
+    @pytest.fixture
+    def parts(self) -> pd.DataFrame:
+        columns = {"KV payload": [5 * MIB, 5 * MIB], "MLP": [800 * MIB, 200 * MIB], "norms": [MIB, MIB]}
+        return pd.DataFrame(columns, index=["bf16", "int4"])
+
+    def test_bars_add_up_and_have_the_colours_of_their_parts(self, parts):
+        (axes,) = precision_chart(parts, card="a card", card_mib=512).axes
+        for container, part in zip(axes.containers, ("MLP", "norms", "KV payload"), strict=True):
+            for bar, n_bytes in zip(container, parts[part], strict=True):
+                assert bar.get_width() == n_bytes / MIB
+                assert (to_hex(bar.get_facecolor()), bar.get_hatch() or "") == PRECISION_LOOKS[part]
+        assert [bar.get_x() + bar.get_width() for bar in axes.containers[-1]] == [806, 206]
+
+    def test_the_card_is_a_line_and_the_words_say_what_fits(self, parts):
+        figure = precision_chart(parts, card="a card", card_mib=512)
+        (line,) = figure.axes[0].get_lines()
+        assert list(line.get_xdata()) == [512, 512]
+        assert "bf16 806 MiB (does not fit), int4 206 MiB (fits), against 512 MiB of a card" in figure.alt_text
+        (legend,) = figure.legends  # without what is too thin to be seen
+        assert [text.get_text() for text in legend.get_texts()] == ["a card: 512 MiB", "MLP", "KV payload"]
+
+    def test_a_card_beyond_every_bar_is_still_in_the_picture(self, parts):
+        (axes,) = precision_chart(parts, card="a card", card_mib=80_000).axes
+        assert axes.get_xlim()[1] > 80_000
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda parts: parts.rename(columns={"MLP": "cache"}), "part 'cache' is not known. Use MLP, attention"),
+            (lambda parts: -parts, "less than 0 bytes"),
+        ],
+    )
+    def test_bad_tables_are_refused(self, parts, change, message):
+        with pytest.raises(FigureError, match=message):
+            precision_chart(change(parts), card="a card", card_mib=512)
 
 
-def test_no_rows_and_unknown_parts_are_refused(times):
-    with pytest.raises(FigureError, match="no rows to draw: measure something first"):
-        latency_curve(times.iloc[:0])
-    with pytest.raises(FigureError, match="part 'lunch' has no look"):
+def test_unknown_parts_are_refused():
+    with pytest.raises(FigureError, match="part 'lunch' is not known. Use weights"):
         token_parts_chart(pd.DataFrame({"precision": ["a"], "part": ["lunch"], "ms": [1.0]}))
-    with pytest.raises(FigureError, match="kind 'guessed' has no look"):
+    with pytest.raises(FigureError, match="kind 'guessed' is not known. Use floor"):
         account_chart(pd.DataFrame({"part": ["a"], "kind": ["guessed"], "seconds": [1.0]}))
