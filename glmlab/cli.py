@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -16,6 +16,7 @@ from glmlab.core.errors import GlmlabError
 
 if TYPE_CHECKING:
     from glmlab.core.curve import Curve
+    from glmlab.forecast.forecast import Forecast
     from glmlab.generation.chat import ChatSession
     from glmlab.memory.recording import Recorder
     from glmlab.models.loading import LoadedModel
@@ -174,7 +175,7 @@ def forecast(
     if csv:  # after the figure, whose table it replaces where both have one name
         written += computed.curve_with_band().save(csv)
     if as_json:
-        _print_json(computed.as_dict())
+        _print_json(_forecast_as_dict(computed))
     else:
         typer.echo(computed.summary())
         if explain:
@@ -183,6 +184,27 @@ def forecast(
             typer.echo(f"longest context: {computed.largest_context()}")
     if written:
         typer.echo("wrote " + ", ".join(map(str, dict.fromkeys(written))), err=as_json)
+
+
+def _forecast_as_dict(forecast: "Forecast") -> dict[str, Any]:
+    """The last step, rises, plateaus, the card's longest context and provenance."""
+    from dataclasses import asdict
+
+    last = {str(name): value for name, value in forecast.curve_with_band().table.iloc[-1].items()}
+    old_names = {  # as memory was called before PyTorch's word, "inactive"
+        "slack_small_mib": last["inactive_small_mib"],
+        "slack_large_mib": last["inactive_large_mib"],
+        "idle_small_mib": last["inactive_small_after_mib"],
+        "idle_large_mib": last["inactive_large_after_mib"],
+    }
+    return {
+        **last,
+        **old_names,
+        "rises": [asdict(rise) for rise in forecast.rises],
+        "plateaus": [asdict(plateau) for plateau in forecast.plateaus],
+        "longest_context": asdict(forecast.largest_context()) if forecast.workload.card else None,
+        "provenance": forecast.curve.provenance,
+    }
 
 
 def _save_one_figure(curve: "Curve", path: Path) -> list[Path]:

@@ -126,8 +126,12 @@ def test_a_forecast_as_json_is_one_document_with_rises_and_the_longest_context(t
     result = CliRunner().invoke(app, [*ORIGINAL, *arguments])
     told = json.loads(result.stdout)
     assert told["step"] == 418 + 259
-    assert told["slack_small_mib"] == told["inactive_small_mib"]
+    for old, new in (("slack", "inactive_{}_mib"), ("idle", "inactive_{}_after_mib")):
+        assert [told[f"{old}_{pool}_mib"] == told[new.format(pool)] for pool in ("small", "large")] == [True, True]
     assert told["rises"][-1]["step"] > 0
+    assert told["rises"][-1]["request"].keys() == {"operation", "module", "layer", "requested_bytes"}
+    assert told["plateaus"][-1]["growing"][0]["request"]["operation"].startswith("aten.")
+    assert told["provenance"]["workload"]["turns"] == [[8, 418], [26, 259]]
     assert told["longest_context"]["limited_by"] == "model"
     assert told["provenance"]["cuda_context_mib"] == 119
     assert result.stderr.startswith(f"wrote {tmp_path / 'curve.csv'}, ")

@@ -1,12 +1,11 @@
-"""A Curve: memory against context, one row per decode step or turn, with its provenance beside it.
+"""A Curve: memory against context, one row per decode step or turn, with its provenance.
 
 A recording (measured), a forecast (computed) and figures that others reported are this same table, so that one can be
-laid over the other. On disk a Curve is two files of one stem: ``NAME.csv`` (the table) and ``NAME.json`` (kind, label
-and provenance).
+laid over the other. On disk a Curve is ``NAME.csv`` (the table) and ``NAME.json`` (kind, label and provenance).
 
-Columns. Every table has ``step`` and ``turn``, at least one column of context (``context_tokens``,
-``context_characters``) and at least one column of memory (any name that ends in ``_mib``). What was not measured is an
-empty cell, never 0. A recording on several GPUs has several rows a step, told apart by ``gpu``.
+Every table has ``step`` and ``turn``, at least one column of context (``context_tokens``, ``context_characters``) and
+at least one column of memory (any name that ends in ``_mib``; a forecast's are in :data:`COMPONENTS`). What was not
+measured is an empty cell, never 0. A recording on several GPUs has one row per step and ``gpu``.
 
     ======================  ==========================================================================================
     step                    forward passes since the chat began; 0 is the state after loading
@@ -47,8 +46,6 @@ from glmlab.core.files import write_atomically
 
 Kind = Literal["measured", "forecast", "reported"]
 
-REQUIRED_COLUMNS = ("step", "turn")
-CONTEXT_COLUMNS = ("context_tokens", "context_characters")
 SIDE_FILES = (".json", ".transcript.jsonl")
 """Suffixes of the files beside a recording's CSV (``recording.py`` tells what they hold)."""
 
@@ -71,11 +68,13 @@ COMPONENTS = {
 WEIGHT_COLUMNS = tuple(column for column in COMPONENTS if column.startswith("weights_"))
 """Columns of the weights, by component."""
 
+_REQUIRED = ("step", "turn")
+_CONTEXT = ("context_tokens", "context_characters")
 _MOST_GPUS = 2**16
 
 
 class CurveError(GlmlabError):
-    """A file or table that is no Curve: says which column, cell or file and what to do."""
+    """A file or table that is not a Curve: says which column, cell or file, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Curve:
     """Memory against context: a table (see the top of this module), its kind, a label and its provenance.
 
     Raises:
-        CurveError: a required column is missing, a cell is no number, or the kind is unknown.
+        CurveError: a required column is missing, a cell is not a number, or the kind is unknown.
 
     Example:
         >>> table = pd.DataFrame({"step": [0, 9], "turn": [0, 1], "context_tokens": [0, 17], "used_mib": [4700, 4702]})
@@ -122,9 +121,9 @@ class Curve:
         """
         csv_path = csv_file(path)
         json_path = csv_path.with_suffix(".json")
-        for path_to_write in (csv_path, json_path):
-            if path_to_write.is_dir():  # said before the other of the two files is written
-                raise CurveError(f"{path_to_write} is a folder. Name another file.")
+        for file in (csv_path, json_path):  # before either is written
+            if file.is_dir():
+                raise CurveError(f"{file} is a folder. Name another file.")
         try:
             csv_path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(json_path, curve_json(self.kind, self.label, self.provenance))
@@ -215,11 +214,11 @@ def read_curve_json(path: Path) -> dict[str, Any]:
 
 def _checked(table: pd.DataFrame) -> pd.DataFrame:
     columns = [str(name) for name in table.columns]
-    missing = [name for name in REQUIRED_COLUMNS if name not in columns]
+    missing = [name for name in _REQUIRED if name not in columns]
     if missing:
         raise CurveError(f"the column {missing[0]!r} is missing; the table has: {', '.join(columns) or 'none'}.")
-    if not any(name in columns for name in CONTEXT_COLUMNS):
-        raise CurveError(f"no column of context ({' or '.join(CONTEXT_COLUMNS)}); the table has: {', '.join(columns)}.")
+    if not any(name in columns for name in _CONTEXT):
+        raise CurveError(f"no column of context ({' or '.join(_CONTEXT)}); the table has: {', '.join(columns)}.")
     if not any(name.endswith("_mib") for name in columns):
         raise CurveError(f"no column of memory (a name that ends in _mib); the table has: {', '.join(columns)}.")
     if repeated := [name for name in columns if columns.count(name) > 1]:
@@ -235,7 +234,7 @@ def _checked(table: pd.DataFrame) -> pd.DataFrame:
             row = int(wrong.to_numpy().argmax())
             raise CurveError(f"row {row + 1} of the column {name!r} is {checked[name].tolist()[row]!r}, not a number.")
         checked[name] = numbers
-    for name in REQUIRED_COLUMNS:
+    for name in _REQUIRED:
         if bool(checked[name].isna().any()):
             raise CurveError(f"the column {name!r} has an empty cell; every row needs its {name}.")
     if "gpu" in columns:

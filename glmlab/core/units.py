@@ -1,7 +1,4 @@
-"""Bytes and their names: the only place that divides by 2**20 or 2**30.
-
-The suite speaks of MiB = 2**20 bytes and GiB = 2**30 bytes, never of MB or GB.
-"""
+"""Bytes and their names: MiB = 2**20 bytes and GiB = 2**30 bytes, never MB or GB."""
 
 MIB = 2**20
 """Bytes in one MiB."""

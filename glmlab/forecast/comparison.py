@@ -1,8 +1,8 @@
 """Forecast over measurement: recordings of this suite, and the log that the chapter's script wrote.
 
-A recording says what ran (model, precision, attention, turns in tokens), so its forecast has one unknown at most: the
-CUDA context, where only the whole GPU's figure was read. The chapter's log has lines ``characters, MiB`` and two
-unknowns: the tokens a character, and the context. Nothing else is fitted, and what was fitted is said.
+A recording says what ran (model, precision, attention, turns in tokens). Its forecast has at most one unknown: the CUDA
+context, where only the whole GPU's figure was read. The chapter's log has lines ``characters, MiB`` and two: the
+tokens per character, and the context. Nothing else is fitted, and what was fitted is printed.
 """
 
 import os
@@ -122,34 +122,26 @@ def compare_log(log: Curve) -> Comparison:
     longest = min(int(TOKENS_PER_CHARACTER[-1] * characters.max()) + 1, forecast.trace.facts.context_limit)
     forecast = forecast.replace(tokens=longest)
     context, reserved = (forecast.curve.table[name].to_numpy(float) for name in ("context_tokens", "reserved_mib"))
-
-    def predict(ratio: float) -> tuple[np.ndarray[Any, np.dtype[np.float64]], float]:
-        """Reserved MiB at every line, and the context that brings its median to that of the measurement."""
-        at_lines = reserved[np.searchsorted(context, characters * ratio)]
-        return at_lines, float(np.median(measured - at_lines))
-
-    def error(ratio: float) -> float:
-        at_lines, context_mib = predict(ratio)
-        return float(np.abs(measured - at_lines - context_mib).mean())
-
     ratios = TOKENS_PER_CHARACTER[characters.max() * TOKENS_PER_CHARACTER <= context[-1]]
     if not len(ratios):
         raise ForecastError(
             f"the log reaches {characters.max():.0f} characters, but the forecast ends at {context[-1]:.0f} tokens, "
             f"fewer than {TOKENS_PER_CHARACTER[0]:g} a character."
         )
-    ratio = min(ratios.tolist(), key=error)
-    at_lines, context_mib = predict(ratio)
+    at_lines = reserved[np.searchsorted(context, np.outer(ratios, characters))]  # (ratios, lines)
+    context_mib = np.median(measured - at_lines, axis=1)
+    differences = measured - at_lines - context_mib[:, np.newaxis]
+    best = int(np.abs(differences).mean(axis=1).argmin())
     table = pd.DataFrame(
         {
             "turn": log.table["turn"],
-            "context_tokens": np.rint(characters * ratio),
+            "context_tokens": np.rint(characters * ratios[best]),
             "measured_mib": measured,
-            "forecast_mib": at_lines + context_mib,
-            "difference_mib": measured - at_lines - context_mib,
+            "forecast_mib": measured - differences[best],
+            "difference_mib": differences[best],
         }
     )
-    fitted = {"tokens_per_character": ratio, "cuda_context_mib": context_mib}
+    fitted = {"tokens_per_character": float(ratios[best]), "cuda_context_mib": float(context_mib[best])}
     return Comparison(log, forecast, "used_mib", fitted, table)
 
 

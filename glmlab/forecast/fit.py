@@ -13,7 +13,8 @@ import torch
 from glmlab.core.cards import Card, CardError, cuda_context, find_card
 from glmlab.core.curve import WEIGHT_COLUMNS
 from glmlab.core.units import MIB, format_bytes
-from glmlab.forecast.forecast import Forecast, beyond_limit
+from glmlab.forecast.forecast import Forecast
+from glmlab.forecast.workload import beyond_limit
 from glmlab.memory.probes import MemoryProbe
 from glmlab.models.checkpoints import find_config
 from glmlab.models.kv_cache import kv_cache_bytes

@@ -13,7 +13,7 @@ allocator has reserved and nobody uses.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -28,19 +28,19 @@ from glmlab.core.cards import Card, cuda_context, find_card
 from glmlab.core.curve import COMPONENTS, Curve
 from glmlab.core.units import MIB, format_bytes
 from glmlab.forecast.explanation import Plateau, Rise, explanation_text, find_plateaus, find_rises
-from glmlab.forecast.workload import DEFAULT_PROMPT, ForecastError, Turns, Workload, parse_turns, resolve_model
+from glmlab.forecast.workload import (
+    DEFAULT_PROMPT,
+    ForecastError,
+    Turns,
+    Workload,
+    beyond_limit,
+    parse_turns,
+    resolve_model,
+)
 from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, load_recorded
 
 SEEDS = (1, 2, 3)
 """Orders in which the driver may hand out addresses, beside rising; the band is what they change."""
-
-OLD_COLUMNS = {
-    "slack_small_mib": "inactive_small_mib",
-    "slack_large_mib": "inactive_large_mib",
-    "idle_small_mib": "inactive_small_after_mib",
-    "idle_large_mib": "inactive_large_after_mib",
-}
-"""Names that ``glmlab forecast --json`` printed before memory was called inactive, kept beside the new ones."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Capacity:
 
     card: str
     context_tokens: int  # 0: not even a short prompt fits
-    limited_by: str  # "memory" or "model"
-    message: str  # of the out-of-memory error, or the model's limit
+    limited_by: str  # "memory", "model" or "cache" (static_tokens)
+    message: str  # the out-of-memory error, or what the limit is
     used_mib: float | None  # at that context; None where nothing fits
 
     @property
@@ -139,6 +139,8 @@ class Forecast:
         if card is not None:
             fields["card"] = find_card(card)
         workload = replace(self.workload, **fields)
+        if "trace" not in vars(self):
+            return Forecast(workload)
         is_same = bool(workload.recorded_trace) or workload.trace_settings() == self.workload.trace_settings()
         return Forecast(workload, self.trace if is_same else None)
 
@@ -306,18 +308,6 @@ class Forecast:
             lines.append(f"out of memory at {failure['fails_context_tokens']:,} tokens: {failure['message']}")
         return "\n".join([*lines, self.note] if self.note else lines)
 
-    def as_dict(self) -> dict[str, Any]:
-        """The last step, rises, plateaus, the card's longest context and provenance, as JSON can hold them."""
-        last = {str(name): value for name, value in self.curve_with_band().table.iloc[-1].items()}
-        return {
-            **last,
-            **{old: last[new] for old, new in OLD_COLUMNS.items()},
-            "rises": [asdict(rise) for rise in self.rises],
-            "plateaus": [asdict(plateau) for plateau in self.plateaus],
-            "longest_context": asdict(self.largest_context()) if self.workload.card else None,
-            "provenance": self.curve.provenance,
-        }
-
     def __repr__(self) -> str:
         return f"Forecast({self.label!r}, {len(self.workload.turns)} turns to {self.workload.context_tokens:,} tokens)"
 
@@ -443,20 +433,6 @@ class Forecast:
                 "turn": turn,
             }
         return provenance
-
-
-def beyond_limit(name: str, tokens: int, limit: int) -> str:
-    """Says that a context is longer than the model is made for (0: not stated); "" where it is not.
-
-    Example:
-        >>> beyond_limit("llama-2-7b", 5000, 4096)
-        "the turns reach 5,000 tokens, but llama-2-7b is made for 4,096 (its config's max_position_embeddings)."
-    """
-    if not limit or tokens <= limit:
-        return ""
-    return (
-        f"the turns reach {tokens:,} tokens, but {name} is made for {limit:,} (its config's max_position_embeddings)."
-    )
 
 
 def _shortest_static_cache() -> int:

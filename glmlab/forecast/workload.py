@@ -27,7 +27,7 @@ CHOICES = {
     "cache": ("dynamic", "static"),
     "keeps": ("logits",),
     "empty_cache": ("load", "turn"),
-    "architecture": ("volta", "turing", "ampere", "ada", "hopper", "blackwell"),
+    "architecture": ("", "volta", "turing", "ampere", "ada", "hopper", "blackwell"),
 }
 """Values of the fields that have only a few."""
 
@@ -72,8 +72,8 @@ class Workload:
         for name, known in CHOICES.items():
             given = getattr(self, name)
             for value in given if isinstance(given, tuple | list) else (given,):
-                if value not in known and not (name == "architecture" and value == ""):
-                    raise ForecastError(f"{name}={value!r} is not known. Use one of {', '.join(known)}.")
+                if value not in known:
+                    raise ForecastError(f"{name}={value!r} is not known. Use one of {', '.join(filter(None, known))}.")
         if self.batch < 1:
             raise ForecastError(f"batch={self.batch}: at least one sequence is needed.")
         if self.static_tokens < 0:
@@ -167,6 +167,20 @@ def resolve_model(model: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         config = read_config_json(find_config(model))
         name = str(config.get("_name_or_path") or model)
     return name.rsplit("/", 1)[-1], config
+
+
+def beyond_limit(name: str, tokens: int, limit: int) -> str:
+    """Says that a context is longer than the model is made for (0: not stated); "" where it is not.
+
+    Example:
+        >>> beyond_limit("llama-2-7b", 5000, 4096)
+        "the turns reach 5,000 tokens, but llama-2-7b is made for 4,096 (its config's max_position_embeddings)."
+    """
+    if not limit or tokens <= limit:
+        return ""
+    return (
+        f"the turns reach {tokens:,} tokens, but {name} is made for {limit:,} (its config's max_position_embeddings)."
+    )
 
 
 def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, ...]:
