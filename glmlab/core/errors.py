@@ -1,9 +1,9 @@
-"""The one base class of every error that a user can cause and mend."""
+"""The one base class of every error that a user can cause and repair."""
 
 
 class GlmlabError(Exception):
-    """Bad input or an unmet need; the message says what, why, and how to mend it.
+    """Bad input or an unmet need; the message says what is wrong, why, and what to do.
 
-    Every module derives its own errors from this class, so that ``except GlmlabError`` catches what
-    a user can mend and nothing else. The command line prints the message without a traceback.
+    A room derives an error of its own where someone catches it by name. The command line prints the message without a
+    traceback.
     """

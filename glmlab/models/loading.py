@@ -29,18 +29,15 @@ from glmlab.models.checkpoints import EMBEDDED, find_checkpoint, find_config, ha
 from glmlab.models.compiling import Compilation, CompiledForward
 from glmlab.models.hub import CheckpointError
 from glmlab.models.placement import (
-    FLOAT_PRECISIONS,
-    build_random_float,
+    build_random,
     check_precision,
     choose_precision,
     cpu_threads,
     dtype_beside,
     dtype_name,
-    fill_random_quantised,
     find_device,
     measure_bytes,
     predict_bytes,
-    quantised_skeleton,
     quantization_config_of,
 )
 
@@ -50,12 +47,8 @@ _LARGE_FROM_BYTES = 64 * MIB  # below, loading is instant, and one CPU thread is
 _MOST_LAYERS = 1000  # far above any published model; every layer takes time even without memory
 _DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _ATTENTIONS = (None, "eager", "sdpa")
-_OVERRULED = (  # fields that only change how the outputs look, and labels, which a language model does not have
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-    "num_labels",
-)
+# fields that only change how the outputs look, and labels, which a language model does not have
+_OVERRULED = ("return_dict", "output_attentions", "output_hidden_states", "num_labels")
 
 
 @dataclass(frozen=True)
@@ -173,7 +166,10 @@ def load_model(
     started = time.perf_counter()
     plan = _plan(str(name), precision, device, weights, attention)
     with _quiet_loading(without_bar=plan.is_small), cpu_threads(plan.threads):
-        model = _load_checkpoint(plan) if weights == "checkpoint" else _build_random(plan)
+        if weights == "checkpoint":
+            model = _load_checkpoint(plan)
+        else:
+            model = build_random(plan.config, plan.precision, plan.dtype, plan.device)
         tokenizer, tokenizer_origin = _load_tokenizer(plan)
         _set_stop_tokens(model, tokenizer)
         seconds = time.perf_counter() - started
@@ -276,8 +272,8 @@ def load_config(source: Path | Mapping[str, Any]) -> Any:
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"{name} says model_type {model_type!r}, which transformers {transformers.__version__} does "
-            "not know; the checkpoint's own code is never executed. Use a checkpoint in transformers' format."
+            f"{name} says model_type {model_type!r}, which transformers {transformers.__version__} does not know; the "
+            "checkpoint's own code is never executed. Use a checkpoint in transformers' format."
         )
     _refuse_foreign_code(name, fields)
     if fields.get("quantization_config"):
@@ -287,9 +283,10 @@ def load_config(source: Path | Mapping[str, Any]) -> Any:
         )
     try:
         config = AutoConfig.for_model(**{key: value for key, value in fields.items() if key not in _OVERRULED})
-    except Exception as error:  # a strict config class wraps what its __post_init__ raises
-        if own := next((e for e in (error, error.__cause__) if isinstance(e, GlmlabError)), None):
-            raise own from None
+    except Exception as error:
+        for own in (error, error.__cause__):  # a strict config class wraps what its __post_init__ raises
+            if isinstance(own, GlmlabError):
+                raise own from None
         raise CheckpointError(f"{name} is not a usable {model_type} config: {error}") from error
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise CheckpointError(
@@ -390,22 +387,14 @@ def _load_checkpoint(plan: _Plan) -> Any:
 
 
 def _mis_shaped(model: nn.Module) -> list[str]:
-    """Quantised layers whose weight is not out_features x in_features: quantising takes any shape without a word."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            state = getattr(module.weight, "quant_state", None)
-            shape = tuple(module.weight.shape if state is None else state.shape)
-            if shape != (module.out_features, module.in_features):
-                found.append(f"{name}.weight")
-    return found
-
-
-def _build_random(plan: _Plan) -> Any:
-    if plan.precision in FLOAT_PRECISIONS:
-        return build_random_float(plan.config, plan.dtype, plan.device)
-    skeleton = quantised_skeleton(plan.config, plan.precision, plan.dtype)
-    return fill_random_quantised(skeleton, plan.config, plan.dtype, plan.device)
+    """Layers whose weight is not out_features x in_features: quantising takes any shape without a word."""
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [
+        f"{name}.weight"
+        for name, linear in linears
+        if tuple((getattr(linear.weight, "quant_state", None) or linear.weight).shape)
+        != (linear.out_features, linear.in_features)
+    ]
 
 
 def _first_lines(error: Exception) -> str:

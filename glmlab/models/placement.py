@@ -291,6 +291,13 @@ def quantization_config_of(precision: str, dtype: torch.dtype) -> BitsAndBytesCo
     return None
 
 
+def build_random(config: Any, precision: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return a model with random weights in a precision, built from the config straight on the device."""
+    if precision in FLOAT_PRECISIONS:
+        return build_random_float(config, dtype, device)
+    return fill_random_quantised(quantised_skeleton(config, precision, dtype), config, dtype, device)
+
+
 def build_random_float(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Return a model with random weights in a float precision, every tensor made on the device.
 
