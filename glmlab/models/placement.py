@@ -373,7 +373,13 @@ def quantised_int8(weight: torch.Tensor) -> Any:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time, and the caller's generators as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    """The same random numbers each time; the caller's generator goes on where it was."""
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(0)
+    try:
         yield
+    finally:
+        generator.set_state(before)
