@@ -218,7 +218,7 @@ CHAT_TEMPLATE = (
 def _merges(
     sentencepiece: SentencePieceProcessor, reachable: dict[str, int]
 ) -> Iterator[tuple[float, int, int, str, str]]:
-    """Every way to put a piece together from two pieces, with sentencepiece's priority (score, then ids)."""
+    """Every pair of pieces that makes a piece, with sentencepiece's priority (score, then ids)."""
     for piece, piece_id in reachable.items():
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]

@@ -1,19 +1,17 @@
-"""A model's forward pass through torch.compile, for the steps that all look alike: one token, a cache of fixed length.
+"""Decode steps through torch.compile: one token at a time, over a cache of fixed length.
 
-In eager mode Python hands the device one small operation after the other, several hundred a token. torch.compile reads
-the forward pass once, fuses what lies side by side and writes C++ (CPU) or Triton kernels (CUDA, replayed as one CUDA
-graph). That pays where shapes repeat, so decode steps are compiled and prefills, each of another length, are not; and
-keys and values lie in a StaticCache, whose tensors keep shape and address while tokens are added.
+In eager mode Python launches several hundred small operations a token. torch.compile traces the forward pass once,
+fuses neighbours and writes C++ (CPU) or Triton kernels (CUDA, replayed as one CUDA graph). That pays where shapes
+repeat: decode steps are compiled, prefills are not, and keys and values lie in a StaticCache, whose tensors keep shape
+and address while tokens are added.
 
-A cache length that was not seen before costs a compilation, the second one makes the length a variable: a model is
-compiled twice at most, however long its contexts grow (once more if a model of another class is built meanwhile: the
-compiled pass depends on transformers' list of them). A static cache is read in its whole length, filled or not, so
-on a CPU it grows by :data:`CACHE_STEP_TOKENS` at a time. On CUDA each length is one more CUDA graph to record and to
-keep in memory; there it doubles.
+The first cache length costs a compilation, the second one makes the length a variable: a model is compiled twice at
+most (once more if a model of another class is built meanwhile). A static cache is read in its whole length, filled or
+not, so on a CPU it grows by :data:`CACHE_STEP_TOKENS` at a time. On CUDA every length is one more CUDA graph to record
+and to keep in memory; there it doubles.
 
-A static cache also needs a mask, and with one transformers repeats keys and values for every query head that shares
-them, for the sake of CUDA's kernels: at 4,000 tokens most of what a step moves. PyTorch's CPU kernel takes shared
-heads beside a mask, so there the compiled pass is told not to repeat them.
+With a static cache transformers repeats keys and values for every query head that shares them, as CUDA's kernels want
+it. PyTorch's CPU kernel takes shared heads, so there the compiled pass does not repeat them.
 
 Where compiling fails, decoding goes on in eager mode, and a :class:`CompileWarning` says so once.
 """
@@ -39,7 +37,7 @@ _RECOMPILE_LIMIT = 64  # dynamo's own, 8, counts all models of one class togethe
 
 
 class CompileWarning(UserWarning):
-    """torch.compile was asked for and cannot be used; the text says why, and that eager mode goes on."""
+    """torch.compile cannot be used here; the text says why. Decoding goes on in eager mode."""
 
 
 @dataclass
@@ -58,12 +56,12 @@ class Compilation:
 
 
 class CompiledForward:
-    """The forward pass of a model's decode steps, compiled; in eager mode from the first failure on.
+    """A model's decode steps, compiled; from the first failure on in eager mode.
+
+    Making one compiles: two decode steps run on a static cache of :data:`CACHE_STEP_TOKENS`.
 
     Args:
         model: a causal language model of transformers, in eval mode.
-
-    Making one compiles: two decode steps run on a static cache of :data:`CACHE_STEP_TOKENS`.
 
     Example:
         >>> from glmlab import load_model
@@ -98,7 +96,7 @@ class CompiledForward:
         return self._model(**inputs)
 
     def _try_out(self) -> None:
-        """Compile for the shortest cache, so that a report made after it tells the truth."""
+        """Compile for the shortest cache, so that the report knows whether it works."""
         cache = StaticCache(config=self._model.config, max_cache_len=CACHE_STEP_TOKENS)
         if kinds := sorted({type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}):
             self._give_up(f"this model keeps keys and values in layers of kind {', '.join(kinds)}, not in full")
@@ -144,14 +142,7 @@ def static_cache_tokens(tokens: int, limit: int, device: torch.device) -> int:
 
 
 def make_room(cache: StaticCache, tokens: int, limit: int, device: torch.device) -> None:
-    """Lengthen a static cache in place until it holds so many tokens; what is cached stays.
-
-    Args:
-        cache: whose layers are all of full length.
-        tokens: to hold.
-        limit: the model's most tokens.
-        device: of the model.
-    """
+    """Lengthen a static cache in place until it holds so many tokens, at most ``limit``; what is cached stays."""
     for layer in cache.layers:
         if layer.max_cache_len >= tokens:
             continue
