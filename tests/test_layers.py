@@ -30,6 +30,8 @@ WITHOUT_TORCH = (
     "glmlab.allocator.program",
     "glmlab.allocator.caching",
     "glmlab.snapshots.replay",
+    "glmlab.tracing.cached",
+    "glmlab.forecast.forecast",
 )
 
 

@@ -37,6 +37,7 @@ from glmlab.forecast.workload import (
     parse_turns,
     resolve_model,
 )
+from glmlab.tracing.cached import trace
 from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, load_recorded
 
 SEEDS = (1, 2, 3)
@@ -157,8 +158,6 @@ class Forecast:
         """Every allocation and free of the model, for any turns."""
         if self.workload.recorded_trace:
             return load_recorded(self.workload.recorded_trace)
-        from glmlab.tracing.tracer import trace  # a recorded trace needs no torch
-
         return trace(self.workload.trace_settings())
 
     @cached_property

@@ -11,7 +11,7 @@ from glmlab.allocator.program import EMPTY_CACHE
 from glmlab.core.cards import Card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import GIB, MIB
-from glmlab.tracing.trace import AllocationTrace, TraceSettings, Turn
+from glmlab.tracing.trace import FUSED_4BIT_ROWS, AllocationTrace, TraceSettings, Turn
 
 WARM_UP_SPARES_BYTES = int(1.2 * GIB)
 """What transformers' caching_allocator_warmup leaves of a card (modeling_utils.py)."""
@@ -102,8 +102,6 @@ class Workload:
         Raises:
             ForecastError: a static cache that is shorter than the turns.
         """
-        from glmlab.tracing.cuda_rules import FUSED_4BIT_ROWS
-
         static_tokens = 0
         if self.cache == "static":
             static_tokens = self.static_tokens or self.context_tokens

@@ -28,7 +28,7 @@ from glmlab.models.loading import LoadedModel, load_model
 from glmlab.prompts.encoding import encode_chat
 from glmlab.suite.forecast_bench import benchmark_replay
 from glmlab.suite.notebooks import execute_notebook, find_notebooks
-from glmlab.tracing.tracer import trace
+from glmlab.tracing.cached import trace
 
 _PROMPT = "Tell me a long story about a fox."
 

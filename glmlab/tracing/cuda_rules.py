@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glmlab.core.units import MIB
 from glmlab.tracing.recorder import META, AllocationRecorder, Rule
-from glmlab.tracing.trace import TraceSettings
+from glmlab.tracing.trace import FUSED_4BIT_ROWS, TraceSettings
 
 aten = torch.ops.aten
 Args = tuple[Any, ...]
@@ -90,9 +90,6 @@ NOT_MODELLED: dict[str, Effect] = {
     ),
 }
 """Left out."""
-
-FUSED_4BIT_ROWS = 256
-"""Most rows of a product whose 4-bit weight a fused kernel reads (see ``bnb-4bit-dequantise``)."""
 
 CUBLAS_WORKSPACE_BYTES = 8_519_680
 CUBLAS_WORKSPACE_BYTES_HOPPER = 32 * MIB

@@ -59,6 +59,9 @@ MOST_BYTES = 64 * MIB
 
 STEADY = "steady"
 
+FUSED_4BIT_ROWS = 256
+"""Most rows of a product whose 4-bit weight a fused kernel reads (``bnb-4bit-dequantise`` in cuda_rules.py)."""
+
 
 class TraceError(GlmlabError):
     """A trace that cannot be made, read, or laid out over a conversation: says why, and how to fix it."""

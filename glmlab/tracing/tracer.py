@@ -4,22 +4,12 @@ The traced code is what a chat runs: transformers loads the checkpoint (:mod:`gl
 :func:`glmlab.generation.decoding.decode_steps` answers several short conversations, greedily, each over one cache.
 :mod:`glmlab.tracing.fitting` turns the record into an :class:`AllocationTrace` that holds for any conversation, and
 refuses a model whose sizes are not affine in the context length or whose events change their order.
-
-A trace depends on its settings (config included) and on the code: it is cached by the content of both.
 """
 
-import ast
 import contextlib
-import functools
 import gc
-import hashlib
-import importlib.metadata
-import json
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,16 +18,16 @@ import transformers
 from torch import Tensor
 
 from glmlab.core.errors import GlmlabError
-from glmlab.core.resources import cache_folder
 from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
 from glmlab.models.module_paths import follow_modules
 from glmlab.models.placement import dtype_beside
+from glmlab.tracing.cached import versions
 from glmlab.tracing.cuda_rules import EFFECTS, DeviceRules
 from glmlab.tracing.fitting import BETWEEN, build_trace
 from glmlab.tracing.meta_loading import build_random_on_meta, load_on_meta, note_owners
 from glmlab.tracing.recorder import AllocationRecorder, Row, Rule, record_allocations
-from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, Turn, read_trace, turn_sections
+from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, Turn, turn_sections
 
 CONVERSATIONS = (
     (Turn(11, 6), Turn(17, 6), Turn(23, 1), Turn(13, 2), Turn(29, 1), Turn(101, 1), Turn(7, 3), Turn(53, 1)),
@@ -65,82 +55,18 @@ _LOADING = {
 _READ_ON_HOST = 2**20
 """Elements of the largest tensor whose values the host may read; larger ones are weights on their way."""
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes")
 
-
-def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
-    """Every allocation and free of loading, prefills and decode steps, for any turns.
-
-    Args:
-        settings: those of a forecast: ``forecast.workload.trace_settings()``.
-        refresh: trace again, whatever the cache holds.
+def record_trace(settings: TraceSettings) -> AllocationTrace:
+    """Trace a model; :func:`glmlab.tracing.cached.trace` does so where no trace is cached.
 
     Raises:
-        TraceError: the config describes no model that can be built or run, sizes are not affine in the context length,
-            the order of events changes, or something stays alive that nobody is known to hold; a static cache or a
-            sliding window that is too short to trace.
-
-    Example:
-        >>> from glmlab.models.checkpoints import find_config, read_config_json
-        >>> config = read_config_json(find_config("chatglm3-6b"))
-        >>> trace(TraceSettings(config, "ChatGLM3-6B")).facts.kv_bytes_per_token
-        28672
+        TraceError: as ``trace``.
     """
     if settings.cache == "static" and settings.static_tokens < LONGEST:
         raise TraceError(
             f"a static cache of {settings.static_tokens} tokens is shorter than the {LONGEST} tokens that tracing "
             f"needs. Use static_tokens={LONGEST} or more."
         )
-    path = cache_folder() / f"trace-{_digest(settings)}.npz"
-    if not refresh and path.is_file():
-        try:
-            return read_trace(path)
-        except TraceError as error:
-            warnings.warn(f"the cached trace is damaged and made again: {error}", stacklevel=2)
-    made = _record(settings)
-    try:
-        made.save(path)
-    except OSError as error:
-        warnings.warn(f"the trace could not be cached ({error}); set GLMLAB_CACHE to a folder of yours", stacklevel=2)
-    return made
-
-
-def _digest(settings: TraceSettings) -> str:
-    """Name of a trace: a digest of its settings, of the code that makes it, and of the packages' versions."""
-    digest = hashlib.sha256(json.dumps(asdict(settings), sort_keys=True).encode())
-    for file in _code():
-        digest.update(file.read_bytes())
-    digest.update(json.dumps(_versions()).encode())
-    return digest.hexdigest()[:24]
-
-
-@functools.cache
-def _code() -> tuple[Path, ...]:
-    """Files of this folder and of the package that they import, directly or through others."""
-    root = Path(__file__).parent.parent.parent
-    found: set[Path] = set()
-    to_read = list(Path(__file__).parent.glob("*.py"))
-    while to_read:
-        file = to_read.pop()
-        if file in found:
-            continue
-        found.add(file)
-        for node in ast.walk(ast.parse(file.read_bytes())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                names = [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-            paths = [root.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("glmlab.")]
-            to_read += [path for path in paths if path.is_file()]
-    return tuple(sorted(found))
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}
-
-
-def _record(settings: TraceSettings) -> AllocationTrace:
     try:
         config = load_config(settings.config)
         config._attn_implementation = settings.attention
@@ -230,7 +156,7 @@ class _Run:
             description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
             f"{_LOADING[settings.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
             "meta device",
-            versions=_versions(),
+            versions=versions(),
             effects={name: f"{effect.size} ({effect.source})" for name, effect in EFFECTS.items()},
         )
 

@@ -40,7 +40,7 @@ from glmlab.memory.recording import (
 from glmlab.models.checkpoints import find_config, read_config_json
 from glmlab.models.loading import LoadedModel, load_model
 from glmlab.tracing import tracer as tracing
-from glmlab.tracing.tracer import trace
+from glmlab.tracing.cached import trace
 
 QUESTIONS = (Question("你好", 6), Question("Tell me a long story.", 9), Question("谢谢", 4))
 CHAT = Conversation("three", "zh, en", QUESTIONS, sha256="0" * 64)

@@ -18,10 +18,11 @@ from glmlab.core.units import MIB
 from glmlab.forecast.forecast import Forecast
 from glmlab.forecast.workload import ForecastError
 from glmlab.models.checkpoints import find_config, read_config_json
-from glmlab.tracing import tracer
+from glmlab.tracing import cached, tracer
+from glmlab.tracing.cached import trace
 from glmlab.tracing.cuda_rules import CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACE_BYTES_HOPPER
 from glmlab.tracing.trace import OWNERS, AllocationTrace, TraceError, TraceSettings, Turn, allocations
-from glmlab.tracing.tracer import LONGEST, trace
+from glmlab.tracing.tracer import LONGEST
 
 LAYERS = 2
 CHATGLM, LLAMA, MISTRAL, QWEN = "chatglm3-6b", "llama-2-7b", "mistral-7b-v0.1", "qwen2.5-7b"
@@ -325,7 +326,7 @@ def test_the_cache_is_used_and_follows_the_content(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object) -> AllocationTrace:
         raise AssertionError("traced again")
 
-    monkeypatch.setattr(tracer, "_record", refuse)
+    monkeypatch.setattr(tracer, "record_trace", refuse)
     assert_equal(trace(settings(LLAMA)), made)
     for again in ({"settings": settings(LLAMA, batch=2)}, {"settings": settings(LLAMA), "refresh": True}):
         with pytest.raises(AssertionError, match="traced again"):
@@ -335,15 +336,15 @@ def test_the_cache_is_used_and_follows_the_content(monkeypatch: pytest.MonkeyPat
 
 def test_an_edit_of_imported_code_makes_the_trace_anew_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     package = Path(tracer.__file__).parent.parent
-    code = {str(path.relative_to(package)) for path in tracer._code()}
+    code = {str(path.relative_to(package)) for path in cached._code()}
     assert {"tracing/recorder.py", "generation/decoding.py", "models/chatglm3.py", "core/units.py"} <= code
     assert not {path for path in code if path.startswith(("memory/", "forecast/", "figures/", "evidence/"))}
-    name = tracer._digest(settings(LLAMA))
-    assert tracer._digest(settings(LLAMA)) == name
+    name = cached._digest(settings(LLAMA))
+    assert cached._digest(settings(LLAMA)) == name
     read_bytes = Path.read_bytes
     edited = package / "models" / "loading.py"
     monkeypatch.setattr(Path, "read_bytes", lambda file: read_bytes(file) + b"#" * (file == edited))
-    assert tracer._digest(settings(LLAMA)) != name
+    assert cached._digest(settings(LLAMA)) != name
 
 
 def test_a_damaged_cache_file_is_traced_again_and_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
