@@ -5,13 +5,13 @@ rules, in the order a request meets them (those of the native backend, ``c10/cud
 
 1. A request rounds up to 512 B (or, with ``roundup_power2_divisions``, to a fraction of a power of two).
 2. Up to 1 MiB it belongs to the small pool, above to the large pool; every stream has its own two pools.
-3. The smallest idle block that fits serves it, the lowest address among equals.
+3. The smallest inactive block that fits serves it, the lowest address among equals.
 4. Without one, the driver is asked for a *segment*: 2 MiB for the small pool; for the large pool 20 MiB, or from 10 MiB
    on the request rounded up to 2 MiB.
-5. If the driver has no memory left, idle segments go back to it and it is asked again; then it is out of memory.
-6. What is left of the block becomes an idle block: from 512 B on in the small pool, above 1 MiB in the large pool. A
-   smaller rest of the large pool stays with the tensor, unused.
-7. A freed block melts with idle neighbours in its segment. Nothing goes back to the driver, except by rule 5,
+5. If the driver has no memory left, inactive segments go back to it and it is asked again; then it is out of memory.
+6. What is left of the block becomes an inactive block: from 512 B on in the small pool, above 1 MiB in the large pool.
+   A smaller rest of the large pool stays with the tensor, unused.
+7. A freed block is joined with inactive neighbours in its segment. Nothing goes back to the driver, except by rule 5,
    ``empty_cache()`` or garbage collection (not modelled: it needs a memory fraction to be set).
 
 With ``expandable_segments`` a pool has one segment that grows: pages of 2 MiB (small pool) or 20 MiB (large pool) are
@@ -19,30 +19,21 @@ mapped at its end, or into holes that ``empty_cache()`` left.
 """
 
 import bisect
+from itertools import groupby
 
-from glmlab.allocator.addresses import Addresses
-from glmlab.allocator.blocks import Block, BlockView, Pool, SegmentView, mapped_runs, room
+from glmlab.allocator.blocks import Block, BlockView, Pool, SegmentView
 from glmlab.allocator.config import (
     BLOCK_BYTES,
     DEFAULT_POOL,
     EXPANDABLE_SPACE_BYTES,
     SMALL_REQUEST_BYTES,
+    Addresses,
     AllocatorError,
     AllocatorSettings,
     OutOfMemory,
+    round_up,
 )
 from glmlab.core.units import MIB
-
-__all__ = [
-    "AllocatorError",
-    "AllocatorSettings",
-    "Block",
-    "BlockView",
-    "CachingAllocator",
-    "OutOfMemory",
-    "Pool",
-    "SegmentView",
-]
 
 
 class CachingAllocator:
@@ -51,8 +42,8 @@ class CachingAllocator:
     After each, ``allocated + inactive_small + inactive_large == reserved``.
 
     ``capacity_bytes`` is the device's memory (None: no limit), ``outside_bytes`` what the CUDA context and other
-    programs hold of it. Segments lie at rising addresses; with an ``address_seed`` each lies, by chance, above or below
-    all others, which shows what depends on the driver's choice of addresses.
+    programs hold of it, ``address_seed`` an order of the driver's addresses (see
+    :class:`~glmlab.allocator.config.Addresses`).
 
     Example:
         >>> allocator = CachingAllocator()
@@ -78,8 +69,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.peak_allocated_small_bytes = 0  # the small pools' part at that moment
         self.segments_taken: list[tuple[int, bool]] = []  # bytes and whether small, of every segment or mapped range
         self._pools: dict[tuple[tuple[int, int], bool, int], Pool] = {}
-        self._heads: dict[int, Block] = {}  # first block of every segment, by address
-        self._head_order: list[int] = []
+        self._heads: list[Block] = []  # first block of every segment, by address
         self._spaces: dict[Pool, int] = {}  # where a pool's expandable segment lies
         self._addresses = Addresses(address_seed)
 
@@ -90,7 +80,7 @@ class CachingAllocator:
 
         Raises:
             AllocatorError: not a positive size.
-            OutOfMemory: the capacity does not allow it, even after idle memory went back to the driver (rule 5).
+            OutOfMemory: the capacity does not allow it, even after inactive memory went back to the driver (rule 5).
         """
         if n_bytes <= 0:
             raise AllocatorError(f"cannot allocate {n_bytes} bytes: PyTorch asks its allocator for positive sizes only")
@@ -106,7 +96,7 @@ class CachingAllocator:
             raise OutOfMemory(
                 tried=self.settings.segment_bytes(size),
                 capacity=self.capacity_bytes or 0,
-                free=self.free_capacity_bytes,
+                outside=self.outside_bytes,
                 allocated=self.allocated_bytes,
                 reserved=self.reserved_bytes,
             )
@@ -115,13 +105,13 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Make a live block idle and melt it with idle neighbours; :class:`AllocatorError` where it is not live."""
+        """Make a live block inactive (rule 7); :class:`AllocatorError` where it is not live."""
         if not block.live:
             raise AllocatorError(f"{block} is not live: freed twice?")
         block.live = False
         self.allocated_bytes -= block.size
         self.allocated_small_bytes -= block.size if block.pool.is_small else 0
-        block.pool.add(self._melt(block))
+        self._coalesce(block)
 
     def empty_cache(self) -> int:
         """Give every segment without a live block back to the driver; returns the bytes given back."""
@@ -138,29 +128,28 @@ class CachingAllocator:
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     @property
+    def reserved_small_bytes(self) -> int:
+        """Bytes of the small pools' segments."""
+        return self.allocated_small_bytes + self.inactive_small_bytes
+
+    @property
     def inactive_small_bytes(self) -> int:
-        """Idle bytes of the small pools."""
-        return sum(pool.free_bytes for pool in self._pools.values() if pool.is_small)
+        """Inactive bytes of the small pools."""
+        return sum(pool.inactive_bytes for pool in self._pools.values() if pool.is_small)
 
     @property
     def inactive_large_bytes(self) -> int:
-        """Idle bytes of the large pools."""
-        return sum(pool.free_bytes for pool in self._pools.values() if not pool.is_small)
-
-    @property
-    def free_capacity_bytes(self) -> int:
-        """Bytes the driver can still give; meaningless without a capacity."""
-        return max((self.capacity_bytes or 0) - self.outside_bytes - self.reserved_bytes, 0)
+        """Inactive bytes of the large pools."""
+        return sum(pool.inactive_bytes for pool in self._pools.values() if not pool.is_small)
 
     def segments(self) -> list[SegmentView]:
         """Return every segment with its blocks, ordered by address."""
         views: list[SegmentView] = []
-        for head in (self._heads[address] for address in self._head_order):
-            for run in mapped_runs(head):
-                blocks = tuple(BlockView(b.address, b.size, b.owner if b.live else 0, b.live) for b in run)
-                name = "small" if head.pool.is_small else "large"
-                size = run[-1].end - run[0].address
-                views.append(SegmentView(run[0].address, size, name, head.pool.stream, blocks))
+        for head in self._heads:
+            for is_mapped, blocks in groupby(head.chain(), key=lambda block: block.mapped):
+                if is_mapped:
+                    shown = (BlockView(b.address, b.size, b.owner if b.live else 0, b.live) for b in blocks)
+                    views.append(SegmentView.of(head.pool.is_small, head.pool.stream, shown))
         return views
 
     # -- its single steps, also for the replay of a snapshot ----------------------------------------------------------
@@ -178,17 +167,15 @@ class CachingAllocator:
         return sorted(found, key=lambda p: (p.is_small == (pool_id == DEFAULT_POOL), p.stream))
 
     def find(self, pool: Pool, size: int) -> Block | None:
-        """Return the idle block that serves a rounded request (rule 3), or None; changes nothing."""
-        fits = pool.at_least(size)
+        """Return the inactive block that serves a rounded request (rule 3), or None; changes nothing."""
+        fits = (b for b in pool.at_least(size) if self.settings.expandable_segments or not b.is_expandable)
         block = next(fits, None)
-        while block is not None and block.is_expandable and not self.settings.expandable_segments:
-            block = next(fits, None)
         if block is None:
             return None
         if block.is_expandable:
-            # The last block of a growing segment counts with the room it can grow into, so others come first.
+            # The last block of a growing segment counts with what it can grow by, so others come first.
             for other in fits:
-                if not block.is_expandable or room(other) >= room(block):
+                if not block.is_expandable or other.growable_bytes >= block.growable_bytes:
                     break
                 block = other
         limit = self.settings.max_split_bytes
@@ -199,7 +186,7 @@ class CachingAllocator:
         return block
 
     def take(self, block: Block, size: int) -> Block:
-        """Make the front of an idle block live and leave the rest idle (rule 6)."""
+        """Make the front of an inactive block live and leave the rest inactive (rule 6)."""
         block.pool.remove(block)
         rest = block.size - size
         if block.pool.is_small or self.settings.expandable_segments:
@@ -207,26 +194,37 @@ class CachingAllocator:
         else:
             is_split = size < self.settings.max_split_bytes and rest > SMALL_REQUEST_BYTES
         if is_split:
-            block.pool.add(self._split(block, size))
-        block.live = True
-        self.allocated_bytes += block.size
-        self.allocated_small_bytes += block.size if block.pool.is_small else 0
-        if self.allocated_bytes > self.peak_allocated_bytes:
-            self.reset_peak()
-        return block
+            block.pool.add(block.split(size))
+        return self._make_live(block)
+
+    def place(self, address: int, size: int, block: Block | None = None) -> Block | None:
+        """Make an inactive range live wherever it lies; None where it is not all of it one inactive block.
+
+        ``block`` is the one that contains the address, which saves the search.
+        """
+        block = block or self.block_at(address)
+        if block is None or not block.is_inactive or address < block.address or block.end < address + size:
+            return None
+        return self._make_live(self._cut_out(block, address, size))
 
     def add_segment(self, pool: Pool, address: int, size: int) -> Block:
-        """Add a segment that the driver gave; returns its one idle block."""
+        """Add a segment that the driver gave; returns its one inactive block.
+
+        :class:`AllocatorError` where another segment lies.
+        """
         block = self._add_head(Block(address, size, pool, address, False))
-        self._grow(pool, size)
+        self._count_taken(pool, size)
         pool.add(block)
         return block
 
     def add_expandable(self, pool: Pool, address: int, space_bytes: int = EXPANDABLE_SPACE_BYTES) -> Block:
-        """Add the address space of an expandable segment; nothing is mapped yet."""
+        """Add the address space of an expandable segment, nothing of it mapped.
+
+        :class:`AllocatorError` where another segment lies.
+        """
         block = self._add_head(Block(address, space_bytes, pool, address, True))
         block.mapped = False
-        bisect.insort(pool.unmapped, block, key=lambda b: b.address)
+        pool.add(block)
         return block
 
     def expansion(self, pool: Pool, size: int) -> tuple[Block, list[tuple[int, int]]] | None:
@@ -237,132 +235,88 @@ class CachingAllocator:
         page = self.settings.page_bytes(pool.is_small)
         for hole in pool.unmapped:
             start = hole.prev if hole.prev is not None and not hole.prev.live else hole
-            block: Block | None = start
             have, ranges = 0, []
-            while block is not None and not block.live and have < size:
-                if block.mapped:
-                    have += block.size
-                else:
-                    n_bytes = -(-min(size - have, block.size) // page) * page
+            for block in start.chain():
+                if block.live or have >= size:
+                    break
+                n_bytes = block.size if block.mapped else round_up(min(size - have, block.size), page)
+                if not block.mapped:
                     ranges.append((block.address, n_bytes))
-                    have += n_bytes
-                block = block.next
+                have += n_bytes
             if have >= size:
                 return start, ranges
         return None
 
     def map(self, address: int, n_bytes: int) -> Block:
-        """Back unmapped address space with memory; returns the idle block it becomes part of.
+        """Back unmapped address space with memory; returns the inactive block it becomes part of.
 
         :class:`AllocatorError` where not all of the range is one unmapped block.
         """
         hole = self.block_at(address)
         if hole is None or hole.mapped or hole.end < address + n_bytes:
             raise AllocatorError(f"{n_bytes} B at {address:#x} are not unmapped address space")
-        if hole.address < address:
-            hole = self._split(hole, address - hole.address)
-        else:
-            hole.pool.unmapped.remove(hole)
-        if n_bytes < hole.size:
-            bisect.insort(hole.pool.unmapped, self._split(hole, n_bytes), key=lambda b: b.address)
+        hole = self._cut_out(hole, address, n_bytes)
         hole.mapped = True
-        self._grow(hole.pool, n_bytes)
-        block = self._melt(hole)
-        block.pool.add(block)
-        return block
-
-    def place(self, address: int, size: int) -> Block | None:
-        """Make an idle range live wherever it lies; None where it is not idle (restores what is known)."""
-        block = self.block_at(address)
-        return None if block is None else self.place_in(block, address, size)
-
-    def place_in(self, block: Block, address: int, size: int) -> Block | None:
-        """Make a range of an idle block live; None where the block is not idle or not as large."""
-        if block.live or not block.mapped or not block.address <= address or block.end < address + size:
-            return None
-        block.pool.remove(block)
-        if address > block.address:
-            front, block = block, self._split(block, address - block.address)
-            front.pool.add(front)
-        if size < block.size:
-            block.pool.add(self._split(block, size))
-        block.pool.add(block)
-        return self.take(block, size)
+        self._count_taken(hole.pool, n_bytes)
+        return self._coalesce(hole)
 
     def releasable(self, pool: Pool) -> list[tuple[int, int]]:
         """Return the ranges (address, bytes) of a pool that ``empty_cache()`` gives back, in its order."""
-        whole = [(b.address, b.size) for b in pool if not b.is_expandable and b.prev is None and b.next is None]
-        page, pages = self.settings.page_bytes(pool.is_small), []
-        for block in (b for b in pool if b.is_expandable):
-            begin = block.base + -(-(block.address - block.base) // page) * page
-            end = block.base + (block.end - block.base) // page * page
-            if begin < end:
-                pages.append((begin, end - begin))
+        whole, pages, page = [], [], self.settings.page_bytes(pool.is_small)
+        for block in pool.inactive:
+            if block.is_expandable:
+                begin = block.base + round_up(block.address - block.base, page)
+                if n_bytes := (block.end - begin) // page * page if begin < block.end else 0:
+                    pages.append((begin, n_bytes))
+            elif block.is_segment:
+                whole.append((block.address, block.size))
         return whole + pages
 
-    def release(self, address: int, n_bytes: int) -> None:
-        """Give an idle segment, or idle pages of an expandable one, back to the driver.
+    def releasable_for(self, pool: Pool, size: int) -> list[tuple[int, int]]:
+        """Return the oversize blocks (address, bytes) that are released first when the driver has no memory left."""
+        limit = self.settings.max_split_bytes
+        oversize = [(block.address, block.size) for block in pool.at_least(limit) if not block.is_expandable]
+        wanted = max(size, limit)
+        if enough := next(((address, n) for address, n in oversize if n >= wanted), None):
+            return [enough]
+        ranges: list[tuple[int, int]] = []
+        while oversize and sum(n for _, n in ranges) < wanted:
+            ranges.append(oversize.pop())
+        return ranges
 
-        :class:`AllocatorError` where not all of the range is one idle block.
+    def release(self, address: int, n_bytes: int) -> None:
+        """Give an inactive segment, or inactive pages of an expandable one, back to the driver.
+
+        :class:`AllocatorError` where the range is neither.
         """
         block = self.block_at(address)
-        if block is None or block.live or not block.mapped or block.end < address + n_bytes:
-            raise AllocatorError(f"{n_bytes} B at {address:#x} are not idle and cannot go back to the driver")
-        pool = block.pool
-        pool.remove(block)
+        is_part = block is not None and block.is_inactive and address + n_bytes <= block.end
+        if block is None or not is_part or not (block.is_expandable or (block.is_segment and block.size == n_bytes)):
+            raise AllocatorError(f"{n_bytes} B at {address:#x} are not inactive and cannot go back to the driver")
         self.reserved_bytes -= n_bytes
-        if not block.is_expandable:
-            self._drop_head(block)
-            return
-        if address > block.address:
-            front, block = block, self._split(block, address - block.address)
-            pool.add(front)
-        if n_bytes < block.size:
-            pool.add(self._split(block, n_bytes))
-        block.mapped = False
-        hole = self._melt(block)
-        if hole.prev is None and hole.next is None:
-            self._drop_head(hole)  # the whole address space goes back
-        else:
-            bisect.insort(pool.unmapped, hole, key=lambda b: b.address)
+        block = self._cut_out(block, address, n_bytes)
+        if block.is_expandable:
+            block.mapped = False
+            block = self._coalesce(block)
+        if block.is_segment:
+            if block.is_expandable:  # the whole address space goes back
+                block.pool.remove(block)
+            self._heads.remove(block)
 
     def block_at(self, address: int) -> Block | None:
         """Return the block that contains an address, or None."""
-        block = self._head_at(address)
-        while block is not None and block.end <= address:
-            block = block.next
-        return block
-
-    def hole_at(self, address: int) -> Block | None:
-        """Return the unmapped block that contains an address, or None."""
-        block = self.block_at(address)
-        return None if block is None or block.mapped else block
-
-    def is_vacant(self, address: int, size: int) -> bool:
-        """Whether no segment lies in a range."""
-        after = bisect.bisect_left(self._head_order, address)
-        is_before_next = after == len(self._head_order) or self._head_order[after] >= address + size
-        return is_before_next and self.block_at(address) is None
-
-    def pool_at(self, address: int) -> Pool | None:
-        """Return the pool that owns the segment next below an address, or None."""
-        head = self._head_at(address)
-        return None if head is None else head.pool
+        i = bisect.bisect_right(self._heads, address, key=lambda head: head.address) - 1
+        return next((b for b in self._heads[i].chain() if b.end > address), None) if i >= 0 else None
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _head_at(self, address: int) -> Block | None:
-        i = bisect.bisect_right(self._head_order, address) - 1
-        return self._heads[self._head_order[i]] if i >= 0 else None
-
     def _add_head(self, block: Block) -> Block:
-        self._heads[block.address] = block
-        bisect.insort(self._head_order, block.address)
+        i = bisect.bisect_left(self._heads, block.address, key=lambda head: head.address)
+        is_before_next = i == len(self._heads) or block.end <= self._heads[i].address
+        if not is_before_next or self.block_at(block.address) is not None:
+            raise AllocatorError(f"a segment at {block.address:#x} lies over another one")
+        self._heads.insert(i, block)
         return block
-
-    def _drop_head(self, block: Block) -> None:
-        del self._heads[block.address]
-        del self._head_order[bisect.bisect_left(self._head_order, block.address)]
 
     def _ask_driver(self, pool: Pool, size: int) -> Block | None:
         if self.settings.expandable_segments:
@@ -373,13 +327,13 @@ class CachingAllocator:
         return self.add_segment(pool, self._addresses.take(n_bytes), n_bytes)
 
     def _expand(self, pool: Pool, size: int) -> Block | None:
-        page = self.settings.page_bytes(pool.is_small)
-        plan = self.expansion(pool, size)
-        if plan is None:
+        if not pool.unmapped:
             if pool not in self._spaces:
                 self._spaces[pool] = self._addresses.take(EXPANDABLE_SPACE_BYTES)
-            block = self.add_expandable(pool, self._spaces[pool])
-            plan = block, [(block.address, -(-size // page) * page)]
+            self.add_expandable(pool, self._spaces[pool])
+        plan = self.expansion(pool, size)
+        if plan is None:
+            return None
         block, ranges = plan
         for address, n_bytes in ranges:
             if not self._fits(n_bytes):
@@ -387,12 +341,9 @@ class CachingAllocator:
             block = self.map(address, n_bytes)
         return block
 
-    def _grow(self, pool: Pool, n_bytes: int) -> None:
-        self.reserved_bytes += n_bytes
-        self.segments_taken.append((n_bytes, pool.is_small))
-
     def _fits(self, n_bytes: int) -> bool:
-        return self.capacity_bytes is None or n_bytes <= self.free_capacity_bytes
+        limit = self.capacity_bytes
+        return limit is None or self.reserved_bytes + n_bytes <= max(limit - self.outside_bytes, 0)
 
     def _release_for(self, pool: Pool, size: int) -> bool:
         """Release oversize blocks of this pool only, as many as the request needs (only with ``max_split_size_mb``)."""
@@ -403,50 +354,37 @@ class CachingAllocator:
             self.release(address, n_bytes)
         return sum(n_bytes for _, n_bytes in ranges) >= max(size, self.settings.max_split_bytes)
 
-    def releasable_for(self, pool: Pool, size: int) -> list[tuple[int, int]]:
-        """Return the oversize blocks (address, bytes) that are released first when the driver has no memory left."""
-        wanted = max(size, self.settings.max_split_bytes)
-        block = next(pool.at_least(wanted), None)
-        if block is not None and not block.is_expandable:
-            return [(block.address, block.size)]
-        ranges: list[tuple[int, int]] = []
-        for block in pool.below(1 << 62):
-            if block.size < self.settings.max_split_bytes or sum(n for _, n in ranges) >= wanted:
-                break
-            if not block.is_expandable:
-                ranges.append((block.address, block.size))
-        return ranges
+    def _count_taken(self, pool: Pool, n_bytes: int) -> None:
+        self.reserved_bytes += n_bytes
+        self.segments_taken.append((n_bytes, pool.is_small))
 
-    def _split(self, block: Block, size: int) -> Block:
-        """Cut a block behind ``size`` bytes; returns the new block behind the cut."""
-        rest = Block(block.address + size, block.size - size, block.pool, block.base, block.is_expandable)
-        rest.mapped, rest.prev, rest.next = block.mapped, block, block.next
-        if rest.next is not None:
-            rest.next.prev = rest
-        block.size, block.next = size, rest
-        return rest
-
-    def _melt(self, block: Block) -> Block:
-        """Join a block that is neither live nor in a list with its like neighbours; returns the joined block."""
-        if block.prev is not None and not block.prev.live and block.prev.mapped == block.mapped:
-            block = block.prev
-            self._leave_list(block)
-            self._absorb_next(block)
-        if block.next is not None and not block.next.live and block.next.mapped == block.mapped:
-            self._leave_list(block.next)
-            self._absorb_next(block)
+    def _make_live(self, block: Block) -> Block:
+        block.live = True
+        self.allocated_bytes += block.size
+        self.allocated_small_bytes += block.size if block.pool.is_small else 0
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.reset_peak()
         return block
 
-    def _leave_list(self, block: Block) -> None:
-        if block.mapped:
-            block.pool.remove(block)
-        else:
-            block.pool.unmapped.remove(block)
+    def _cut_out(self, block: Block, address: int, size: int) -> Block:
+        """Take a part of a listed block out; what lies before and behind it stays listed."""
+        block.pool.remove(block)
+        if address > block.address:
+            front, block = block, block.split(address - block.address)
+            block.pool.add(front)
+        if size < block.size:
+            block.pool.add(block.split(size))
+        return block
 
-    def _absorb_next(self, block: Block) -> None:
-        gone = block.next
-        assert gone is not None
-        block.size += gone.size
-        block.next = gone.next
-        if block.next is not None:
-            block.next.prev = block
+    def _coalesce(self, block: Block) -> Block:
+        """Join a block that is neither live nor listed with its like neighbours, and list it; returns the whole."""
+        before, after = block.prev, block.next
+        if before is not None and not before.live and before.mapped == block.mapped:
+            before.pool.remove(before)
+            before.absorb_next()
+            block = before
+        if after is not None and not after.live and after.mapped == block.mapped:
+            after.pool.remove(after)
+            block.absorb_next()
+        block.pool.add(block)
+        return block

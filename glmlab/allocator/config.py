@@ -1,4 +1,4 @@
-"""Sizes and settings of PyTorch's CUDA caching allocator: how requests round, how large a segment is."""
+"""Constants and settings of PyTorch's CUDA caching allocator: how a request rounds, how large a segment is."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,23 +14,24 @@ LARGE_SEGMENT_BYTES = 20 * MIB
 LARGE_REQUEST_BYTES = 10 * MIB  # from here on a request gets a segment of its own size
 SEGMENT_STEP_BYTES = 2 * MIB  # ... rounded up to this
 FIRST_ADDRESS = 1 << 40
-EXPANDABLE_SPACE_BYTES = 1 << 39  # address space of one expandable segment; more than any GPU has memory
+EXPANDABLE_SPACE_BYTES = 1 << 39  # address space of an expandable segment where the card is not known; never full
 POWER2_INTERVALS = 16  # roundup_power2_divisions: one number for each power of two from 1 MiB to 32 GiB
 DEFAULT_POOL = (0, 0)
 
 
 class AllocatorError(GlmlabError):
-    """A request or a setting that PyTorch's allocator refuses as well."""
+    """A request, a setting or a seed that the allocator refuses."""
 
 
 class OutOfMemory(GlmlabError):  # noqa: N818 - a forecast, not an error of this process
-    """The driver has no memory for another segment, even after idle segments were released; all figures in bytes."""
+    """The driver has no memory for another segment, even after inactive ones were released; all figures in bytes."""
 
-    def __init__(self, *, tried: int, capacity: int, free: int, allocated: int, reserved: int) -> None:
-        self.tried, self.capacity, self.free, self.allocated, self.reserved = tried, capacity, free, allocated, reserved
+    def __init__(self, *, tried: int, capacity: int, outside: int, allocated: int, reserved: int) -> None:
+        self.tried, self.capacity, self.allocated, self.reserved = tried, capacity, allocated, reserved
+        self.free = max(capacity - outside - reserved, 0)
         super().__init__(
             f"CUDA out of memory. Tried to allocate {format_bytes(tried)}. GPU 0 has a total capacity of "
-            f"{format_bytes(capacity)} of which {format_bytes(free)} is free. Of the allocated memory "
+            f"{format_bytes(capacity)} of which {format_bytes(self.free)} is free. Of the allocated memory "
             f"{format_bytes(allocated)} is allocated by PyTorch, and {format_bytes(reserved - allocated)} is reserved "
             "by PyTorch but unallocated."
         )
@@ -95,24 +96,68 @@ class AllocatorSettings:
         return tuple(divisions := named.get(1 << i, divisions) for i in range(POWER2_INTERVALS))
 
     def round_size(self, n_bytes: int) -> int:
-        """Bytes a request takes before the choice of a block."""
+        """Round a request up to the bytes that it asks a block for."""
         if n_bytes < BLOCK_BYTES:
             return BLOCK_BYTES
         interval = min(max(n_bytes.bit_length() - MIB.bit_length(), 0), POWER2_INTERVALS - 1)
         divisions = self.power2_divisions[interval]
         if divisions > 1 and n_bytes > BLOCK_BYTES * divisions:
-            step = (1 << (n_bytes.bit_length() - 1)) // divisions
-            return -(-n_bytes // step) * step
-        return -(-n_bytes // BLOCK_BYTES) * BLOCK_BYTES
+            return round_up(n_bytes, (1 << (n_bytes.bit_length() - 1)) // divisions)
+        return round_up(n_bytes, BLOCK_BYTES)
 
     def segment_bytes(self, size: int) -> int:
         """Bytes asked of the driver for a rounded request (without expandable segments)."""
-        if size <= SMALL_REQUEST_BYTES:
-            return SMALL_SEGMENT_BYTES
         if size < LARGE_REQUEST_BYTES:
-            return self.large_segment_size_mb * MIB
-        return -(-size // SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
+            return self.page_bytes(size <= SMALL_REQUEST_BYTES)
+        return round_up(size, SEGMENT_STEP_BYTES)
 
     def page_bytes(self, is_small: bool) -> int:
         """Bytes that an expandable segment grows by."""
         return SMALL_SEGMENT_BYTES if is_small else self.large_segment_size_mb * MIB
+
+
+def round_up(n_bytes: int, step: int) -> int:
+    """Return the next multiple of ``step``."""
+    return -(-n_bytes // step) * step
+
+
+class Addresses:
+    """Where the driver puts what it gives: rising addresses or, with a ``seed``, each above or below all others.
+
+    Nobody can know the driver's choice; a few seeds show what depends on it.
+
+    Raises:
+        AllocatorError: a negative seed.
+
+    Example:
+        >>> rising = Addresses()
+        >>> rising.take(512) - FIRST_ADDRESS, rising.take(512) - FIRST_ADDRESS
+        (0, 512)
+        >>> drawn = Addresses(seed=3)
+        >>> [drawn.take(512) - FIRST_ADDRESS for _ in range(4)]
+        [0, -512, -1024, 512]
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        if seed is not None and seed < 0:
+            raise AllocatorError(f"address_seed={seed}: seeds start at 0. Leave it out for rising addresses.")
+        self.seed = seed
+        self._lowest = self._top = FIRST_ADDRESS
+        self._taken = 0
+
+    def take(self, n_bytes: int) -> int:
+        """Return the first address of a new range."""
+        self._taken += 1
+        if self.seed is not None and self._coin(self.seed):
+            self._lowest -= n_bytes
+            return self._lowest
+        self._top += n_bytes
+        return self._top - n_bytes
+
+    def _coin(self, seed: int) -> int:
+        """Toss the coin of this range (splitmix64, as in the compiled allocator)."""
+        mask = (1 << 64) - 1
+        x = (seed * 0xD1342543DE82EF95 + self._taken * 0x9E3779B97F4A7C15) & mask
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x >> 63

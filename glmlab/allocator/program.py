@@ -30,7 +30,7 @@ Schedule: int64 array of shape (rows, 4): ``(turn, section, L, n)``
     Loading is turn 0, the turns of a chat 1, 2, ...; ``age`` counts rows of the schedule backwards, across turns too.
 
 Owners: ``owners``, names of what the bytes are for ("weights", "kv", ...)
-    ``owners[0]`` is the owner of events that name none. A replay reports the allocated bytes of each owner.
+    A replay reports the allocated bytes of each owner.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,22 +55,22 @@ Int32Array = npt.NDArray[np.int32]
 
 
 class EventProgramError(GlmlabError):
-    """A table of events or a schedule that cannot be replayed: says which event and why."""
+    """A table of events or a schedule that cannot be replayed; says which event and why."""
 
 
 @dataclass(frozen=True)
 class EventProgram:
-    """Events, sizes and sections of a run; the format is told at the top of this module.
+    """Events, sizes and sections of a run; the top of this module describes the format.
 
     Raises:
         EventProgramError: sections, events, sizes or carried slots do not fit together.
 
     Example:
         >>> program = EventProgram(
-        ...     events=np.array([(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 0), (FREE, 0, 0, 0)]),
-        ...     sizes=np.array([(4096, 0, 0, 0, 0), (0, 512, 0, 0, 0)]),
+        ...     events=[(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 1, 0), (FREE, 0, 0, 0)],
+        ...     sizes=[(4096, 0, 0, 0, 0), (0, 512, 0, 0, 0)],
         ...     section_names=("load", "step"),
-        ...     section_start=np.array([0, 0, 3]),
+        ...     section_start=[0, 0, 3],
         ... )
         >>> program.slots("step")
         2
@@ -92,7 +92,8 @@ class EventProgram:
         object.__setattr__(self, "section_names", tuple(self.section_names))
         object.__setattr__(self, "owners", tuple(self.owners))
         object.__setattr__(self, "carried", {name: tuple(slots) for name, slots in self.carried.items()})
-        self._check()
+        self._check_sections()
+        self._check_events()
 
     def section(self, name: str) -> int:
         """Return the number of a section; :class:`EventProgramError` for a name that is not there."""
@@ -148,25 +149,24 @@ class EventProgram:
                 "no tensor has that size"
             )
 
-    def _check(self) -> None:
-        start, n_events = self.section_start, len(self.events)
-        if (
-            len(start) != len(self.section_names) + 1
-            or start[0] != 0
-            or start[-1] != n_events
-            or np.any(np.diff(start) < 0)
-        ):
+    def _check_sections(self) -> None:
+        start, expected = self.section_start, len(self.section_names) + 1
+        if len(start) != expected or start[0] != 0 or start[-1] != len(self.events) or np.any(np.diff(start) < 0):
             raise EventProgramError(
-                f"section_start must rise from 0 to {n_events} (the number of events) in {len(self.section_names) + 1} "
-                f"entries, one more than section_names; it is {start.tolist()}"
+                f"section_start must rise from 0 to {len(self.events)} (the number of events) in {expected} entries, "
+                f"one more than section_names; it is {start.tolist()}"
             )
+        for name, slots in self.carried.items():
+            if any(not 0 <= slot < self.slots(name) for slot in slots):
+                raise EventProgramError(
+                    f"section {name!r} carries slots {slots}, but it allocates only {self.slots(name)} objects"
+                )
+
+    def _check_events(self) -> None:
         modes, ages, args, owners = self.events.T
         wrong = (
-            (modes < ALLOCATE)
-            | (modes > EMPTY_CACHE)
-            | (args < 0)
-            | (ages < 0)
-            | (owners < 0)
+            (modes > EMPTY_CACHE)
+            | np.any(self.events < 0, axis=1)
             | (owners >= len(self.owners))
             | ((modes == FREE) & (ages > MAX_AGE))
             | ((modes == ALLOCATE) & (args >= len(self.sizes)))
@@ -177,11 +177,6 @@ class EventProgram:
                 f"event {i} is {tuple(self.events[i].tolist())}: the mode must be 0 to {EMPTY_CACHE}, the age of a "
                 f"free at most {MAX_AGE}, a size below {len(self.sizes)} and an owner below {len(self.owners)}"
             )
-        for name, slots in self.carried.items():
-            if any(not 0 <= slot < self.slots(name) for slot in slots):
-                raise EventProgramError(
-                    f"section {name!r} carries slots {slots}, but it allocates only {self.slots(name)} objects"
-                )
 
 
 def _table(rows: npt.ArrayLike, dtype: npt.DTypeLike, columns: int, says: str) -> npt.NDArray[Any]:
@@ -196,8 +191,8 @@ class Replay:
     """What the allocator held after (and at the worst moment of) every row of a schedule; all sizes in bytes.
 
     ``allocated + inactive_small + inactive_large == reserved`` in every row. With a capacity the replay ends before
-    the row that did not fit: ``rows`` is then shorter than the schedule and
-    ``out_of_memory`` is what PyTorch would raise.
+    the row that did not fit: ``rows`` is then shorter than the schedule and ``out_of_memory`` is what PyTorch would
+    raise.
     """
 
     reserved: Int64Array  # (rows,) after the row
@@ -205,10 +200,9 @@ class Replay:
     allocated: Int64Array  # (rows,) after the row
     peak_allocated: Int64Array  # (rows,) highest within the row
     peak_allocated_small: Int64Array  # (rows,) the small pool's part of peak_allocated, at that moment
-    inactive_small: Int64Array  # (rows,) idle in the small pool after the row
-    inactive_large: Int64Array  # (rows,) idle in the large pool after the row
+    inactive_small: Int64Array  # (rows,) in the small pool after the row
+    inactive_large: Int64Array  # (rows,) in the large pool after the row
     allocated_by_owner: Int64Array  # (rows, owners) after the row
-    address_hash: npt.NDArray[np.uint64]  # (rows,) over the addresses that the row's allocations got
     growth: Int64Array  # (segments, 4): row, event (index into program.events), segment bytes, pool (0 small, 1 large)
     out_of_memory: GlmlabError | None = None
 

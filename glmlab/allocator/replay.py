@@ -1,12 +1,12 @@
 """Replays an event program through the caching allocator: one call for a whole conversation of decode steps.
 
-:func:`replay_steps` is the compiled form, :func:`replay_readable` the same with the readable allocator, event by event
-(a hundred times slower, to check and to look inside). Formats: :mod:`glmlab.allocator.program`.
+:class:`StepReplayer` is the compiled form; :class:`ReadableReplayer` does the same with the readable allocator, event
+by event (a hundred times slower, to check and to look inside). Formats: :mod:`glmlab.allocator.program`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,23 @@ import numpy.typing as npt
 from numba.core import event as numba_events
 
 from glmlab.allocator import kernels as k
-from glmlab.allocator.addresses import checked_seed
-from glmlab.allocator.caching import Block, BlockView, CachingAllocator, SegmentView
-from glmlab.allocator.config import BLOCK_BYTES, FIRST_ADDRESS, AllocatorSettings, OutOfMemory
+from glmlab.allocator.blocks import Block, BlockView, SegmentView
+from glmlab.allocator.caching import CachingAllocator
+from glmlab.allocator.config import (
+    BLOCK_BYTES,
+    EXPANDABLE_SPACE_BYTES,
+    FIRST_ADDRESS,
+    Addresses,
+    AllocatorSettings,
+    OutOfMemory,
+)
 from glmlab.allocator.program import (
     ALLOCATE,
     EMPTY_CACHE,
     FREE,
     FREE_CARRIED,
     FREE_FIRST,
+    MAX_AGE,
     EventProgram,
     EventProgramError,
     Int64Array,
@@ -33,65 +41,35 @@ from glmlab.core.units import GIB, MIB, format_bytes
 MAX_ADDRESS_BYTES = 1024 * GIB
 """With this limit, and that of a request, sizes and addresses of the compiled form fit 32 bits of 512 B."""
 
-_HASH_PRIME, _MASK = 1099511628211, (1 << 64) - 1
+_COLUMNS = (
+    *("reserved", "reserved_small", "allocated", "peak_allocated", "peak_allocated_small"),
+    *("inactive_small", "inactive_large"),
+)
+"""Columns of the kernel's results, as Replay names them."""
+
 _log = logging.getLogger(__name__)
 
 
-def replay_steps(
-    program: EventProgram,
-    schedule: npt.ArrayLike,
-    settings: AllocatorSettings | None = None,
-    *,
-    capacity_bytes: int | None = None,
-    outside_bytes: int = 0,
-    address_seed: int | None = None,
-    with_address_hash: bool = False,
-) -> Replay:
-    """Replay every row of a schedule, compiled.
+class StepReplayer:
+    """The compiled allocator with its program; ``run`` continues where the last one ended.
 
     Args:
         program: events, sizes and sections.
-        schedule: (rows, 4) whole numbers (turn, section, L, n), see :mod:`glmlab.allocator.program`.
         settings: of the allocator; PyTorch's defaults without.
         capacity_bytes: of the device; None: no limit.
         outside_bytes: what the CUDA context and other programs hold of it.
-        address_seed: an order in which the driver gives addresses, see :class:`CachingAllocator`; rising without.
-        with_address_hash: fill ``address_hash`` of the result, which takes time.
-
-    Returns:
-        One entry a row; running out of memory is no exception but part of the result.
-
-    Raises:
-        EventProgramError: a schedule that does not fit the program, a free of what is not live, a request over 256 GiB,
-            or more than 1 TiB asked of the driver.
+        address_seed: an order of the driver's addresses, see :class:`~glmlab.allocator.config.Addresses`.
 
     Example:
         >>> program = EventProgram(
-        ...     events=np.array([(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 0, 0), (FREE, 1, 0, 0)]),
-        ...     sizes=np.array([(0, 1024, 0, 0, 0)]),
+        ...     events=[(ALLOCATE, 0, 0, 0), (ALLOCATE, 0, 0, 0), (FREE, 1, 0, 0)],
+        ...     sizes=[(0, 1024, 0, 0, 0)],
         ...     section_names=("prefill", "step"),
-        ...     section_start=np.array([0, 1, 3]),
+        ...     section_start=[0, 1, 3],
         ... )
-        >>> replay = replay_steps(program, [(1, 0, 100, 100), (1, 1, 101, 101), (1, 1, 102, 102)])
+        >>> replay = StepReplayer(program).run([(1, 0, 100, 100), (1, 1, 101, 101), (1, 1, 102, 102)])
         >>> replay.allocated.tolist(), replay.peak_allocated.tolist()
         ([102400, 103424, 104448], [102400, 205824, 207872])
-    """
-    replayer = StepReplayer(
-        program,
-        settings,
-        capacity_bytes=capacity_bytes,
-        outside_bytes=outside_bytes,
-        address_seed=address_seed,
-        with_address_hash=with_address_hash,
-    )
-    return replayer.run(schedule)
-
-
-class StepReplayer:
-    """The compiled allocator with its program; ``run`` goes on where the last one ended.
-
-    Arguments as those of :func:`replay_steps`. ``segments()`` shows the blocks after the last row, as
-    :meth:`CachingAllocator.segments` does: run a schedule up to the row of interest, look, run on.
     """
 
     def __init__(
@@ -102,158 +80,141 @@ class StepReplayer:
         capacity_bytes: int | None = None,
         outside_bytes: int = 0,
         address_seed: int | None = None,
-        with_address_hash: bool = False,
     ) -> None:
         self.program, self.settings = program, settings or AllocatorSettings()
         self.capacity_bytes, self.outside_bytes = capacity_bytes, outside_bytes
-        self._wants_hash = with_address_hash
-        self._divisions = np.array(self.settings.power2_divisions, np.int64)
-        self._allocate_state(capacity_bytes, outside_bytes, address_seed)
-        self._encode(program)
-        self._rows_done = 0
+        self._allocate_state(Addresses(address_seed).seed)
+        self._encode_program()
 
     def run(self, schedule: npt.ArrayLike) -> Replay:
-        """Replay further rows; see :func:`replay_steps`. Row numbers in ``growth`` count from this call's first row."""
+        """Replay further rows of a schedule: (rows, 4) whole numbers (turn, section, L, n).
+
+        Returns one entry a row; rows in ``growth`` count from this call's first. Running out of memory is no exception
+        but part of the result.
+
+        Raises:
+            EventProgramError: a schedule that does not fit the program, a free of what is not live, a request over 256
+                GiB, or more than 1 TiB asked of the driver.
+        """
         rows = self.program.checked_schedule(schedule)
-        # The lanes of the ring go by row number, so a second run pads its schedule in front with the rows done so far.
-        before = self._rows_done
-        padded = np.concatenate([np.zeros((before % k.LANES, 4), np.int64), rows])
-        skip = before % k.LANES
-        out = np.zeros((len(padded), 8), np.int64)
-        out_owners = np.zeros((len(padded), len(self.program.owners)), np.int64)
-        self._counters[k.GROWTHS // 8] = 0
-        row, status = skip, k.NEEDS_ROOM
+        out = np.zeros((len(rows), len(_COLUMNS)), np.int64)
+        out_owners = np.zeros((len(rows), len(self.program.owners)), np.int64)
+        self._set(k.GROWTHS, 0)
+        row, status = 0, k.NEEDS_ROOM
         while status == k.NEEDS_ROOM:
-            row, status = _replay_rows(
-                self._memory(),
-                self._growth.ctypes.data,
-                self._codes.ctypes.data,
-                self._ring.ctypes.data,
-                self._units.ctypes.data,
-                self.program.section_start,
-                self._slots,
-                self._uses,
-                self._uses_start,
-                self.program.sizes,
-                self._divisions,
-                self._first,
-                self._carried,
-                self._next_carried,
-                self._carried_slots,
-                self._carried_start,
-                self._lane_slots,
-                self._owners,
-                padded,
-                row,
-                self._wants_hash,
-                out,
-                out_owners,
-            )
+            with numba_events.install_listener("numba:compile", _CompilationNote()):
+                row, status = k.replay_rows(self._memory(), self._tables, self._kept, rows, row, out, out_owners)
             if status == k.NEEDS_ROOM:
                 self._make_room()
-        self._rows_done += row - skip
+        self._set(k.ROWS_BEFORE, self._get(k.ROWS_BEFORE) + row)
         if status == k.BAD_FREE:
-            event = self._counter(k.EVENT)
+            raise _bad_free(self.program, row, self._get(k.EVENT))
+        is_full = status == k.OUT_OF_MEMORY
+        asked = max(self._get(k.TOP), -self._get(k.LOWEST)) * BLOCK_BYTES
+        is_space_full = is_full and self.capacity_bytes is None
+        if asked > MAX_ADDRESS_BYTES or is_space_full:
+            most = EXPANDABLE_SPACE_BYTES if is_space_full else MAX_ADDRESS_BYTES
             raise EventProgramError(
-                f"row {row - skip} of the schedule: event {event}, {tuple(self.program.events[event].tolist())}, "
-                "frees what is not live"
+                f"row {row - 1 + is_full} of the schedule: the driver has been asked for more than "
+                f"{format_bytes(most)}, which no GPU has. Give a capacity, or a smaller workload."
             )
-        if max(self._counter(k.TOP), -self._counter(k.LOWEST)) * BLOCK_BYTES > MAX_ADDRESS_BYTES:
-            raise EventProgramError(
-                f"row {row - skip - 1} of the schedule: the driver has been asked for more than "
-                f"{format_bytes(MAX_ADDRESS_BYTES)}, which no GPU has. Give a capacity, or a smaller workload."
-            )
-        return self._result(out[skip:row], out_owners[skip:row], skip, status == k.OUT_OF_MEMORY)
+        growth = self._growth[: self._get(k.GROWTHS)] * (1, 1, BLOCK_BYTES, 1)
+        error = self._out_of_memory() if is_full else None
+        return _replay(out[:row] * BLOCK_BYTES, out_owners[:row] * BLOCK_BYTES, growth, error)
 
     def segments(self) -> list[SegmentView]:
-        """Return every segment with its blocks, ordered by address."""
-        record = self._records.reshape(-1, k.RECORD_BYTES // 4).tolist()
-        is_used = np.ones(len(record), np.bool_)
-        is_used[self._spare[self._counter(k.RECORDS_USED) :] // k.RECORD_BYTES] = False
-        heads = [block for block in np.flatnonzero(is_used).tolist() if record[block][k.PREV // 4] < 0]
+        """Return every segment with its blocks after the last row, ordered by address."""
+        records = self._records.reshape(-1, k.RECORD_BYTES // 4).tolist()
+        unused = self._spare[self._get(k.RECORDS_USED) :] // k.RECORD_BYTES
         views: list[SegmentView] = []
-        for head in heads:
-            run: list[BlockView] = []
-            block, pool = head * k.RECORD_BYTES, "small"
+        for head in set(range(len(records))).difference(unused.tolist()):
+            if records[head][k.PREV // 4] >= 0:
+                continue
+            chain, block = [], head
             while block >= 0:
-                address, size, _, after, state, *_ = record[block // k.RECORD_BYTES]
-                pool = "large" if state & k.LARGE else "small"
-                if not state & k.UNMAPPED:
-                    is_live = not state & k.IDLE
-                    owner = state >> k.OWNER_SHIFT if is_live else 0
-                    run.append(BlockView(FIRST_ADDRESS + address * BLOCK_BYTES, size * BLOCK_BYTES, owner, is_live))
-                if run and (state & k.UNMAPPED or after < 0):
-                    end = run[-1].address + run[-1].size
-                    views.append(SegmentView(run[0].address, end - run[0].address, pool, 0, tuple(run)))
-                    run = []
-                block = after
+                chain.append(records[block])
+                block = records[block][k.NEXT // 4] // k.RECORD_BYTES
+            for is_unmapped, blocks in groupby(chain, key=lambda record: record[k.STATE // 4] & k.UNMAPPED):
+                if not is_unmapped:
+                    is_small = not chain[0][k.STATE // 4] & k.LARGE
+                    views.append(SegmentView.of(is_small, 0, map(_view, blocks)))
         return sorted(views, key=lambda view: view.address)
 
     # -- memory of the kernel -----------------------------------------------------------------------------------------
 
-    def _allocate_state(self, capacity_bytes: int | None, outside_bytes: int, address_seed: int | None) -> None:
+    def _allocate_state(self, seed: int | None) -> None:
         n_records = 1 << 11
         self._records = np.zeros(n_records * k.RECORD_BYTES // 4, np.int32)
         self._spare = np.arange(0, n_records * k.RECORD_BYTES, k.RECORD_BYTES, dtype=np.int32)
-        self._lists = np.full(k.LIST_COUNT, k.NONE, np.int32)
-        self._bitmaps = np.zeros(k.WORD_COUNT, np.int64)
+        self._lists = np.full(3 * k.GROUP_LISTS, k.NONE, np.int32)
+        self._bitmap = np.zeros(3 * k.GROUP_WORDS, np.int64)
         self._growth = np.zeros((1 << 12, 4), np.int64)
         self._counters = np.zeros(k.COUNTERS, np.int64)
-        settings = self.settings
-        limit = settings.max_split_size_mb
-        capacity = k.NO_LIMIT if capacity_bytes is None else max(capacity_bytes - outside_bytes, 0) // BLOCK_BYTES
-        for offset, value in {
+        settings, capacity, limit = self.settings, k.NO_LIMIT, self.settings.max_split_size_mb
+        if self.capacity_bytes is not None:
+            capacity = max(self.capacity_bytes - self.outside_bytes, 0) // BLOCK_BYTES
+        for counter, value in {
             k.RECORD_CAPACITY: n_records,
             k.GROWTH_CAPACITY: len(self._growth),
             k.SPACE_SMALL: k.NONE,
             k.SPACE_LARGE: k.NONE,
             k.TURN: -1,
             k.CAPACITY: capacity,
-            k.SEED: k.NO_SEED if (seed := checked_seed(address_seed)) is None else seed,
+            k.SEED: k.NO_SEED if seed is None else seed,
             k.EXPANDABLE: int(settings.expandable_segments),
             k.MAX_SPLIT: k.NO_LIMIT if limit is None else limit * MIB // BLOCK_BYTES,
             k.NON_SPLIT_ROUNDING: settings.max_non_split_rounding_mb * MIB // BLOCK_BYTES,
             k.LARGE_SEGMENT: settings.large_segment_size_mb * MIB // BLOCK_BYTES,
         }.items():
-            self._counters[offset // 8] = value
+            self._set(counter, value)
 
-    def _encode(self, program: EventProgram) -> None:
-        names = program.section_names
-        self._slots = np.array([program.slots(name) for name in names], np.int64)
-        lane_size = int(self._slots.max(initial=1)) + 1
+    def _encode_program(self) -> None:
+        program, names = self.program, self.program.section_names
+        slots = np.array([program.slots(name) for name in names], np.int64)
+        lane_size = int(slots.max(initial=1)) + 1
         if lane_size > k.CODE_SLOT_MASK or len(program.owners) > 1 << k.OWNER_BITS:
             raise EventProgramError(
                 f"a section allocates {lane_size - 1} objects for {len(program.owners)} owners; the replay holds "
                 f"{k.CODE_SLOT_MASK - 1} and {1 << k.OWNER_BITS}"
             )
         modes, ages, args, owners = program.events.T.astype(np.int64)
-        base = {FREE: ages << k.CODE_AGE_SHIFT, FREE_FIRST: k.CODE_FIRST, FREE_CARRIED: k.CODE_CARRIED}
-        codes = np.full(len(modes), k.CODE_EMPTY_CACHE, np.int64)
-        for mode, value in base.items():
-            codes = np.where(modes == mode, value + args, codes)
-        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + owners), codes)
-        frees_slot = (modes == FREE) | (modes == FREE_FIRST)
-        if np.any(args[frees_slot] >= lane_size) or np.any(args[modes == FREE_CARRIED] > k.CODE_SLOT_MASK):
+        is_too_high = ((modes == FREE) | (modes == FREE_FIRST)) & (args >= lane_size)
+        if np.any(is_too_high | ((modes == FREE_CARRIED) & (args > k.CODE_SLOT_MASK))):
             raise EventProgramError(f"an event frees slot {args.max()}, but no section allocates that many objects")
+        bases = {FREE: ages << k.CODE_AGE_SHIFT, FREE_FIRST: k.CODE_FIRST, FREE_CARRIED: k.CODE_CARRIED}
+        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + owners), k.CODE_EMPTY_CACHE)
+        for mode, base in bases.items():
+            codes = np.where(modes == mode, base + args, codes)
         self._codes = codes.astype(np.int32)
         self._ring = np.full(k.LANES * lane_size, k.NONE, np.int32)
-        self._lane_slots = np.zeros(k.LANES, np.int64)
-        self._first = np.full(lane_size, k.NONE, np.int64)
         self._units = np.zeros(len(program.sizes) + 1, np.int64)
-        used = [np.unique(events[events[:, 0] == ALLOCATE][:, 2]) for events in map(program.events_of, names)]
-        self._uses, self._uses_start = _ragged(used)
-        lists = [np.array(program.carried.get(name, ()), np.int64) for name in names]
-        self._carried_slots, self._carried_start = _ragged(lists)
-        most = max((len(slots) for slots in lists), default=0)
-        self._carried, self._next_carried = np.full(most, k.NONE, np.int64), np.full(most, k.NONE, np.int64)
-        self._owners = np.zeros(len(program.owners), np.int64)
+        carried = [program.carried.get(name, ()) for name in names]
+        counts = [len(slots) for slots in carried]
+        self._tables = k.Tables(
+            section_start=program.section_start,
+            section_slots=slots,
+            sizes=program.sizes,
+            divisions=np.array(self.settings.power2_divisions, np.int64),
+            carried_start=np.cumsum([0, *counts], dtype=np.int64),
+            carried_slots=np.array([slot for slots in carried for slot in slots], np.int64),
+        )
+        self._kept = k.Kept(
+            first=np.full(lane_size, k.NONE, np.int64),
+            carried=np.full(max(counts, default=0), k.NONE, np.int64),
+            next_carried=np.full(max(counts, default=0), k.NONE, np.int64),
+            lane_slots=np.zeros(k.LANES, np.int64),
+            owners=np.zeros(len(program.owners), np.int64),
+        )
 
-    def _memory(self) -> tuple[int, ...]:
-        arrays = (self._records, self._lists, self._bitmaps, self._spare, self._counters)
-        return tuple(int(array.ctypes.data) for array in arrays)
+    def _memory(self) -> k.Memory:
+        arrays = {name: getattr(self, f"_{name}") for name in k.Memory._fields}
+        return k.Memory(**{name: int(array.ctypes.data) for name, array in arrays.items()})
 
-    def _counter(self, offset: int) -> int:
-        return int(self._counters[offset // 8])
+    def _get(self, counter: int) -> int:
+        return int(self._counters[counter // 8])
+
+    def _set(self, counter: int, value: int) -> None:
+        self._counters[counter // 8] = value
 
     def _make_room(self) -> None:
         """Double what may be full: the records and the list of growths."""
@@ -262,66 +223,109 @@ class StepReplayer:
         more = np.arange(old * k.RECORD_BYTES, 2 * old * k.RECORD_BYTES, k.RECORD_BYTES, dtype=np.int32)
         self._spare = np.concatenate([self._spare, more])
         self._growth = np.concatenate([self._growth, np.zeros_like(self._growth)])
-        self._counters[k.RECORD_CAPACITY // 8] = 2 * old
-        self._counters[k.GROWTH_CAPACITY // 8] = len(self._growth)
-
-    def _result(self, out: Int64Array, owners: Int64Array, skip: int, is_out_of_memory: bool) -> Replay:
-        growth = self._growth[: self._counter(k.GROWTHS)].copy()
-        growth[:, 0] -= skip
-        growth[:, 2] *= BLOCK_BYTES
-        error = self._out_of_memory() if is_out_of_memory else None
-        return _replay(out[:, :7] * BLOCK_BYTES, owners * BLOCK_BYTES, out[:, 7].astype(np.uint64), growth, error)
+        self._set(k.RECORD_CAPACITY, 2 * old)
+        self._set(k.GROWTH_CAPACITY, len(self._growth))
 
     def _out_of_memory(self) -> OutOfMemory:
-        reserved = self._counter(k.RESERVED) * BLOCK_BYTES
-        capacity = self.capacity_bytes or 0
         return OutOfMemory(
-            tried=self.settings.segment_bytes(self._counter(k.FAILED_SIZE) * BLOCK_BYTES),
-            capacity=capacity,
-            free=max(capacity - self.outside_bytes - reserved, 0),
-            allocated=self._counter(k.ALLOCATED) * BLOCK_BYTES,
-            reserved=reserved,
+            tried=self.settings.segment_bytes(self._get(k.FAILED_SIZE) * BLOCK_BYTES),
+            capacity=self.capacity_bytes or 0,
+            outside=self.outside_bytes,
+            allocated=self._get(k.ALLOCATED) * BLOCK_BYTES,
+            reserved=self._get(k.RESERVED) * BLOCK_BYTES,
         )
 
 
-def _replay(
-    table: Int64Array,
-    owners: Int64Array,
-    digests: npt.NDArray[np.uint64],
-    growth: Int64Array,
-    out_of_memory: OutOfMemory | None,
-) -> Replay:
-    columns = (column.copy() for column in table.T)
-    reserved, allocated, peak, peak_small, inactive_small, inactive_large, reserved_small = columns
-    return Replay(
-        reserved=reserved,
-        reserved_small=reserved_small,
-        allocated=allocated,
-        peak_allocated=peak,
-        peak_allocated_small=peak_small,
-        inactive_small=inactive_small,
-        inactive_large=inactive_large,
-        allocated_by_owner=owners.copy(),
-        address_hash=digests,
-        growth=growth,
-        out_of_memory=out_of_memory,
+class ReadableReplayer:
+    """The same through a readable allocator, which keeps the state at the end.
+
+    Example:
+        >>> program = EventProgram([(ALLOCATE, 0, 0, 0)], [(700, 0, 0, 0, 0)], ("load",), [0, 1])
+        >>> allocator = CachingAllocator()
+        >>> ReadableReplayer(program, allocator).run([(0, 0, 0, 0)]).allocated.tolist(), len(allocator.segments())
+        ([1024], 1)
+    """
+
+    def __init__(self, program: EventProgram, allocator: CachingAllocator) -> None:
+        self.program, self.allocator = program, allocator
+        self._turn: int | None = None
+        self._history: list[list[Block]] = []  # slots of the last rows, newest first
+        self._first: list[Block] = []
+        self._carried: list[Block] = []
+        self._next_carried: list[Block] = []
+        self._owned = [0] * len(program.owners)
+
+    def run(self, schedule: npt.ArrayLike) -> Replay:
+        """Replay further rows of a schedule, as :meth:`StepReplayer.run` does."""
+        growth: list[tuple[int, int, int, int]] = []
+        rows, owned, error = [], [], None
+        for number, row in enumerate(self.program.checked_schedule(schedule).tolist()):
+            try:
+                self._step(number, row, growth)
+            except OutOfMemory as full:
+                error = full
+                break
+            rows.append([getattr(self.allocator, f"{name}_bytes") for name in _COLUMNS])
+            owned.append(list(self._owned))
+        return _replay(
+            np.array(rows, np.int64).reshape(-1, len(_COLUMNS)),
+            np.array(owned, np.int64).reshape(-1, len(self._owned)),
+            np.array(growth, np.int64).reshape(-1, 4),
+            error,
+        )
+
+    def _step(self, number: int, row: Sequence[int], growth: list[tuple[int, int, int, int]]) -> None:
+        """Replay one row; :class:`OutOfMemory` leaves it half done."""
+        turn, section, context, tokens = row
+        program, allocator = self.program, self.allocator
+        sizes = program.bytes_at(context, tokens).tolist()
+        slots: list[Block] = []
+        if turn != self._turn:
+            self._turn, self._first = turn, slots
+            self._carried, self._next_carried = self._next_carried, []
+        self._history = [slots, *self._history[:MAX_AGE]]
+        allocator.reset_peak()
+        name, begin = program.section_names[section], int(program.section_start[section])
+        for event, (mode, age, arg, owner) in enumerate(program.events_of(name).tolist(), begin):
+            if mode == ALLOCATE:
+                allocator.segments_taken.clear()
+                block = allocator.malloc(max(sizes[arg], 1), owner=owner)
+                growth += [(number, event, n_bytes, int(not small)) for n_bytes, small in allocator.segments_taken]
+                slots.append(block)
+                self._owned[owner] += block.size
+            elif mode == EMPTY_CACHE:
+                allocator.empty_cache()
+            else:
+                recent = self._history[age] if age < len(self._history) else []
+                source = {FREE: recent, FREE_FIRST: self._first, FREE_CARRIED: self._carried}[mode]
+                if arg >= len(source) or not source[arg].live:
+                    raise _bad_free(program, number, event)
+                self._owned[source[arg].owner] -= source[arg].size
+                allocator.free(source[arg])
+        if name in program.carried:
+            self._next_carried = [slots[slot] for slot in program.carried[name]]
+
+
+def _replay(table: Int64Array, owned: Int64Array, growth: Int64Array, out_of_memory: OutOfMemory | None) -> Replay:
+    columns = {name: np.ascontiguousarray(table[:, i]) for i, name in enumerate(_COLUMNS)}
+    return Replay(**columns, allocated_by_owner=owned, growth=growth, out_of_memory=out_of_memory)
+
+
+def _view(record: Sequence[int]) -> BlockView:
+    address, size, _, _, state, *_ = record
+    is_live = not state & k.INACTIVE
+    owner = state >> k.OWNER_SHIFT if is_live else 0
+    return BlockView(FIRST_ADDRESS + address * BLOCK_BYTES, size * BLOCK_BYTES, owner, is_live)
+
+
+def _bad_free(program: EventProgram, row: int, event: int) -> EventProgramError:
+    return EventProgramError(
+        f"row {row} of the schedule: event {event}, {tuple(program.events[event].tolist())}, frees what is not live"
     )
 
 
-def _ragged(lists: Sequence[Int64Array]) -> tuple[Int64Array, Int64Array]:
-    """Return lists one behind the other, and where each begins."""
-    start = np.concatenate([[0], np.cumsum([len(values) for values in lists])]).astype(np.int64)
-    return np.concatenate([*lists, np.zeros(1, np.int64)]).astype(np.int64), start
-
-
-def _replay_rows(*arguments: Any) -> tuple[int, int]:
-    with announcing_compilation():
-        row, status = k.replay_rows(*arguments)
-    return int(row), int(status)
-
-
-class _Announcer(numba_events.Listener):  # type: ignore[misc]
-    """Logs the first compilation it hears of."""
+class _CompilationNote(numba_events.Listener):  # type: ignore[misc]
+    """Logs, once, that numba compiles; what comes from its disk cache is silent."""
 
     is_silent = True
 
@@ -332,105 +336,3 @@ class _Announcer(numba_events.Listener):  # type: ignore[misc]
 
     def on_end(self, event: Any) -> None:
         pass
-
-
-@contextmanager
-def announcing_compilation() -> Iterator[None]:
-    """Log, once, that a kernel is compiled while the context lasts; what comes from numba's disk cache is silent."""
-    with numba_events.install_listener("numba:compile", _Announcer()):
-        yield
-
-
-def replay_readable(program: EventProgram, schedule: npt.ArrayLike, allocator: CachingAllocator) -> Replay:
-    """Replay a schedule event by event through a readable allocator, which keeps the state at the end.
-
-    Returns what :func:`replay_steps` returns (the hash always), and raises what it raises.
-
-    Example:
-        >>> program = EventProgram(np.array([(ALLOCATE, 0, 0, 0)]), np.array([(700, 0, 0, 0, 0)]), ("load",), [0, 1])
-        >>> allocator = CachingAllocator()
-        >>> replay_readable(program, [(0, 0, 0, 0)], allocator).allocated.tolist(), len(allocator.segments())
-        ([1024], 1)
-    """
-    rows = program.checked_schedule(schedule)
-    run = _ReadableRun(program, allocator)
-    for row in rows.tolist():
-        try:
-            run.step(*row)
-        except OutOfMemory as error:
-            return run.result(error)
-    return run.result(None)
-
-
-class _ReadableRun:
-    """State and results of a readable replay; see the format in glmlab.allocator.program."""
-
-    def __init__(self, program: EventProgram, allocator: CachingAllocator) -> None:
-        self.program, self.allocator = program, allocator
-        self.turn: int | None = None
-        self.history: list[list[Block]] = []  # slots of the last rows, newest first
-        self.first: list[Block] = []
-        self.carried: list[Block] = []
-        self.next_carried: list[Block] = []
-        self.owned = [0] * len(program.owners)
-        self.rows: list[list[int]] = []
-        self.growth: list[tuple[int, int, int, int]] = []
-
-    def step(self, turn: int, section: int, context: int, tokens: int) -> None:
-        """Replay one row; :class:`OutOfMemory` leaves it half done and unrecorded."""
-        name = self.program.section_names[section]
-        sizes = self.program.bytes_at(context, tokens).tolist()
-        slots: list[Block] = []
-        if turn != self.turn:
-            self.turn, self.first = turn, slots
-            self.carried, self.next_carried = self.next_carried, []
-        self.history = [slots, *self.history[: k.LANES - 1]]
-        allocator, digest = self.allocator, 0
-        allocator.reset_peak()
-        begin = int(self.program.section_start[section])
-        for event, (mode, age, arg, owner) in enumerate(self.program.events_of(name).tolist(), begin):
-            if mode == ALLOCATE:
-                allocator.segments_taken.clear()
-                block = allocator.malloc(max(sizes[arg], 1), owner=owner)
-                self.growth += [(len(self.rows), event, n, int(not small)) for n, small in allocator.segments_taken]
-                slots.append(block)
-                self.owned[owner] += block.size
-                digest = ((digest ^ (block.address - FIRST_ADDRESS) // BLOCK_BYTES) * _HASH_PRIME + 1) & _MASK
-            elif mode == EMPTY_CACHE:
-                allocator.empty_cache()
-            else:
-                self._free({FREE: self._row(age), FREE_FIRST: self.first, FREE_CARRIED: self.carried}[mode], arg, event)
-        if name in self.program.carried:
-            self.next_carried = [slots[slot] for slot in self.program.carried[name]]
-        self.rows.append(
-            [
-                allocator.reserved_bytes,
-                allocator.allocated_bytes,
-                allocator.peak_allocated_bytes,
-                allocator.peak_allocated_small_bytes,
-                allocator.inactive_small_bytes,
-                allocator.inactive_large_bytes,
-                allocator.allocated_small_bytes + allocator.inactive_small_bytes,
-                *self.owned,
-                digest,
-            ]
-        )
-
-    def result(self, out_of_memory: OutOfMemory | None) -> Replay:
-        """Return the rows done."""
-        table = np.array([row[:-1] for row in self.rows], np.int64).reshape(len(self.rows), 7 + len(self.owned))
-        digests = np.array([row[-1] for row in self.rows], np.uint64)
-        growth = np.array(self.growth, np.int64).reshape(-1, 4)
-        return _replay(table[:, :7], table[:, 7:], digests, growth, out_of_memory)
-
-    def _row(self, age: int) -> list[Block]:
-        return self.history[age] if age < len(self.history) else []
-
-    def _free(self, slots: list[Block], slot: int, event: int) -> None:
-        if slot >= len(slots) or not slots[slot].live:
-            raise EventProgramError(
-                f"row {len(self.rows)} of the schedule: event {event}, {tuple(self.program.events[event].tolist())}, "
-                "frees what is not live"
-            )
-        self.owned[slots[slot].owner] -= slots[slot].size
-        self.allocator.free(slots[slot])

@@ -7,8 +7,8 @@ most of them about the machine. :func:`strip` keeps what a replay and a comparis
     events                         action, address, size, stream, pool, and of the stack the operations on it
     provenance                     what the recorder says of GPU, driver, versions and command
 
-The file is JSON in gzip (``.json.gz``), events by column. :func:`~glmlab.snapshots.replay.read_snapshot` reads it like
-a snapshot of PyTorch, without its provenance being believed for anything but a label.
+The file is JSON in gzip (``.json.gz``), events by column. :func:`~glmlab.snapshots.reader.read_snapshot` reads it like
+a snapshot of PyTorch.
 """
 
 import re
@@ -18,13 +18,13 @@ from typing import Any
 
 from glmlab.core.files import write_atomically
 from glmlab.core.units import format_bytes
-from glmlab.snapshots.unpickle import SnapshotError, WrongShapeError, load_plain, to_json_gz
+from glmlab.snapshots.unpickle import SnapshotError, to_json_gz
 
 FORMAT = "glmlab stripped snapshot 1"
-"""First field of the file; another number means another layout."""
+"""First field of the file, with the number of the layout."""
 
 MOST_FILE_BYTES = 2_000_000
-"""A stripped snapshot that is larger is refused: it would be kept with the code."""
+"""A larger stripped snapshot is refused, because it is kept with the code."""
 
 _SEGMENT_FIELDS = ("device", "address", "total_size", "stream", "segment_type", "segment_pool_id", "is_expandable")
 _BLOCK_FIELDS = ("size", "requested_size", "state")
@@ -48,9 +48,7 @@ def strip(raw: Mapping[Any, Any], provenance: Mapping[str, Any]) -> dict[str, An
         provenance: what to say of it; plain types.
 
     Raises:
-        SnapshotError: ``raw`` is no snapshot with history.
-
-    Requested frees are left out where completed ones are there: a replay reads those alone.
+        SnapshotError: ``raw`` is not a snapshot with history.
     """
     try:
         traces = [_columns(list(trace)) for trace in raw.get("device_traces", [])]
@@ -67,7 +65,7 @@ def strip(raw: Mapping[Any, Any], provenance: Mapping[str, Any]) -> dict[str, An
             "device_traces": traces,
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise SnapshotError(f"this is no snapshot of torch.cuda.memory with history ({error!r}).") from error
+        raise SnapshotError(f"this is not a snapshot of torch.cuda.memory with history ({error!r}).") from error
 
 
 def save_stripped(document: Mapping[str, Any], path: Path) -> Path:
@@ -86,34 +84,26 @@ def save_stripped(document: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
-def strip_file(source: Path, target: Path, provenance: Mapping[str, Any]) -> Path:
-    """Strip a file of ``torch.cuda.memory._dump_snapshot``."""
-    raw = load_plain(source)
-    if not isinstance(raw, dict):
-        raise SnapshotError(f"{source} holds segments without history.")
-    return save_stripped(strip(raw, provenance), target)
-
-
 def is_stripped(raw: Mapping[Any, Any]) -> bool:
     """Whether a document is a stripped snapshot, of this or another layout."""
     return str(raw.get("format", "")).startswith("glmlab stripped snapshot")
 
 
 def unpacked(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same snapshot with one dict an event, as PyTorch writes it; an event has ``operation`` and ``note`` beside.
+    """The same snapshot with one dict an event, as PyTorch writes it, and ``operation`` and ``note`` in each.
 
     Raises:
-        WrongShapeError: another layout, columns of different lengths, a label that is not there.
+        SnapshotError: another layout, columns of different lengths, a label that is not there.
     """
     if document.get("format") != FORMAT:
-        raise WrongShapeError(f"its layout is {document['format']!r}, and this version reads {FORMAT!r}")
+        raise SnapshotError(f"its layout is {document['format']!r}, and this version reads {FORMAT!r}")
     traces = document.get("device_traces")
     if not isinstance(traces, list) or not all(isinstance(trace, dict) for trace in traces):
-        raise WrongShapeError("'device_traces' is not a list of columns")
+        raise SnapshotError("'device_traces' is not a list of columns")
     try:
         return {**document, "device_traces": [list(_rows(trace)) for trace in traces]}
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise WrongShapeError(f"the columns of its events do not fit together ({error!r})") from None
+        raise SnapshotError(f"the columns of its events do not fit together ({error!r})") from None
 
 
 def operation_of(frames: Iterable[Mapping[str, Any]]) -> str:
@@ -160,11 +150,14 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, dict):
         return {_plain(key): _plain(part) for key, part in value.items()}
-    raise ValueError(f"{str(value)[:60]!r} is no number and no plain word")
+    raise ValueError(f"{str(value)[:60]!r} is neither a number nor a plain word")
 
 
 def _columns(events: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Events as columns; ``actions``, ``pools`` and ``labels`` are the values that ``action``, … point to."""
+    """Events as columns; ``actions``, ``pools`` and ``labels`` are the values that ``action``, … point to.
+
+    Requested frees are left out where completed ones are there: a replay reads those alone.
+    """
     if any(event["action"] == "free_completed" for event in events):
         events = [event for event in events if event["action"] != "free_requested"]
     values: dict[str, dict[Any, int]] = {"action": {}, "pool": {}, "label": {}}

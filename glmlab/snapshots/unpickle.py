@@ -1,8 +1,8 @@
 """Bytes of a snapshot file -> numbers, strings, lists and dicts. Nothing in the file can name code or ask for memory.
 
 Two formats hold the same: the pickle that ``torch.cuda.memory._dump_snapshot`` writes, and the stripped form of
-:mod:`glmlab.snapshots.stripping` (JSON, compressed by gzip). A pickle is scanned before it is read: CPython's
-unpickler believes what an opcode says of sizes, and a file of twenty bytes can make it reserve gigabytes.
+:mod:`glmlab.snapshots.stripping` (JSON, compressed by gzip). A pickle is scanned before it is read, because CPython's
+unpickler believes what an opcode says of sizes: a file of twenty bytes can make it reserve gigabytes.
 """
 
 import gzip
@@ -27,15 +27,10 @@ MOST_UNPACKED_BYTES = 256 * MIB
 """Longest JSON that a stripped snapshot may unpack to; those that the suite writes have 2 to 10 MiB."""
 
 _GZIP = b"\x1f\x8b"
-_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 class SnapshotError(GlmlabError):
-    """A file that is no memory snapshot, or none that can be replayed: says what is missing and how to record it."""
-
-
-class WrongShapeError(Exception):
-    """Something in a snapshot has not the type it must have."""
+    """A file that is not a memory snapshot, or cannot be replayed; says what is missing and how to record it."""
 
 
 def load_plain(path: Path) -> Any:
@@ -69,7 +64,7 @@ def _from_json(content: bytes) -> Any:
             raise SnapshotError("it is truncated: the compressed data end too early. Copy or strip it again")
         return json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
-        raise SnapshotError(f"it is gzip, but no JSON that can be read ({error}). Copy or strip it again") from None
+        raise SnapshotError(f"it is gzip, but not JSON that can be read ({error}). Copy or strip it again") from None
 
 
 def to_json_gz(document: Any) -> bytes:
@@ -99,10 +94,10 @@ def _from_pickle(content: bytes) -> Any:
         raise
     except EOFError:
         raise SnapshotError("it is truncated: the pickle ends too early. Copy or record it again") from None
-    except Exception as error:  # the unpickler raises almost anything for bytes that are no pickle
+    except Exception as error:  # the unpickler raises almost anything for bytes that are not a pickle
         is_cut = any(word in str(error) for word in ("truncated", "exhausted before", "remain", "not enough data"))
-        mend = "It may be truncated: copy or record it again" if is_cut else RECORD_HINT
-        raise SnapshotError(f"it is not a pickle that can be read ({error}): {mend}") from None
+        hint = "It may be truncated: copy or record it again" if is_cut else RECORD_HINT
+        raise SnapshotError(f"it is not a pickle that can be read ({error}): {hint}") from None
 
 
 def _refuse_false_sizes(content: bytes) -> None:
@@ -113,7 +108,7 @@ def _refuse_false_sizes(content: bytes) -> None:
     """
     operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(content)
     for number, (opcode, argument, position) in enumerate(operations):
-        if opcode.name in _MEMO_OPCODES and argument > number:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > number:
             raise SnapshotError(
                 f"the pickle puts an object at place {argument:,} of its memo after {number:,} steps, which no pickler "
                 "does: reading it would take memory for every place below. Get the file from a source you trust"

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from glmlab.allocator.replay import replay_steps
+from glmlab.allocator.replay import StepReplayer
 from glmlab.core.units import gib
 from glmlab.tracing.trace import AllocationTrace, Turn
 
@@ -38,12 +38,12 @@ def benchmark_replay(trace: AllocationTrace, *, steps: Sequence[int] = STEPS, pr
     """
     program = trace.program
     lengths = np.diff(program.section_start)
-    replay_steps(program, trace.schedule([Turn(prompt, 4)]))
+    StepReplayer(program).run(trace.schedule([Turn(prompt, 4)]))
     speeds = []
     for n_steps in steps:
         schedule = trace.schedule([Turn(prompt, n_steps)])
         begin = time.process_time()
-        replay = replay_steps(program, schedule)
+        replay = StepReplayer(program).run(schedule)
         seconds = time.process_time() - begin
         events = int(lengths[schedule[:, 1]].sum())
         speeds.append(ReplaySpeed(n_steps, events, seconds, gib(int(replay.reserved.max()))))

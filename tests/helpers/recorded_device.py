@@ -4,9 +4,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from glmlab.allocator.caching import Block, CachingAllocator, Pool
+from glmlab.allocator.blocks import Block, Pool
+from glmlab.allocator.caching import CachingAllocator
 from glmlab.allocator.config import DEFAULT_POOL, AllocatorSettings, OutOfMemory
-from glmlab.allocator.replay import _ReadableRun
+from glmlab.allocator.replay import ReadableReplayer
 from glmlab.core.units import MIB
 from glmlab.tracing.trace import AllocationTrace, Turn
 
@@ -115,7 +116,7 @@ class RecordedDevice(CachingAllocator):
 def traced_snapshot(trace: AllocationTrace, turn: Turn, scratch_bytes: int = 0) -> dict[str, Any]:
     """The snapshot that a GPU would give of loading and one turn, if the trace told all but scratch in each row."""
     device = RecordedDevice()
-    run = _ReadableRun(trace.program, device)
+    run = ReadableReplayer(trace.program, device)
     names = ["load", *map(str, range(turn.generated)), "end"]
     for name, row in zip(names, trace.schedule([turn]).tolist(), strict=True):
         if scratch_bytes:
@@ -123,5 +124,5 @@ def traced_snapshot(trace: AllocationTrace, turn: Turn, scratch_bytes: int = 0) 
             device.frames = [{"name": "at::_ops::sort::call(at::Tensor const&)", "filename": "/home/somebody/x.cpp"}]
             device.free(device.malloc(scratch_bytes))
         device.note, device.frames = f"{name}|", []
-        run.step(*row)
+        run.run([row])
     return device.snapshot()
