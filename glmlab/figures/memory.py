@@ -13,7 +13,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from glmlab.allocator.caching import SegmentView
+from glmlab.allocator.blocks import SegmentView
 from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, Curve
 from glmlab.core.units import MIB
 from glmlab.figures.saving import Arguments, draws
