@@ -121,7 +121,7 @@ def record(
     resume: Annotated[bool, typer.Option("--resume", help="continue a recording that was cut off")] = False,
 ) -> None:
     """Chat through a fixed conversation and read memory after every turn."""
-    from glmlab.memory.recording import load_conversation
+    from glmlab.memory.conversations import load_conversation
     from glmlab.memory.recording import record as run
 
     turns = load_conversation(conversation)

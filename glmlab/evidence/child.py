@@ -18,9 +18,10 @@ from glmlab.evidence.latency import time_tokens
 from glmlab.evidence.plan import CONVERSATION, SNAPSHOT_TURN, EvidenceError, Run
 from glmlab.evidence.processes import end_with
 from glmlab.generation.decoding import Keep, decode_steps, new_cache
+from glmlab.memory.conversations import load_conversation
 from glmlab.memory.probes import MemoryProbe
 from glmlab.memory.provenance import run_provenance
-from glmlab.memory.recording import load_conversation, record
+from glmlab.memory.recording import record
 from glmlab.models.loading import LoadedModel, load_model
 from glmlab.models.module_paths import follow_modules
 from glmlab.snapshots.stripping import save_stripped, strip

@@ -101,7 +101,7 @@ def will_it_fit(model: str, *, precision: str = "auto", tokens: int = DEFAULT_TO
     if precision != "auto":
         ladder = [precision, *(name for name in ladder if _below(name, precision))]
     if target.type == "cuda":
-        (reading,) = MemoryProbe(str(target)).read_fast()
+        (reading,) = MemoryProbe(str(target)).read(fast=True)
         name, total = str(reading.name), round((reading.total_mib or 0) * MIB)
         free = total - round(((reading.used_mib or 0) - (reading.process_mib or 0)) * MIB)
     else:

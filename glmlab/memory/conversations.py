@@ -14,10 +14,6 @@ BUNDLED_CONVERSATIONS = ("long", "short")
 """Names that :func:`load_conversation` finds in ``data/conversations``."""
 
 
-class ConversationError(GlmlabError):
-    """A conversation file that cannot be used; says which turn and what is wrong with it."""
-
-
 @dataclass(frozen=True)
 class Question:
     """What the user says in one turn, and the longest answer."""
@@ -44,7 +40,7 @@ def load_conversation(path: str | os.PathLike[str]) -> Conversation:
         path: a file, or "long" or "short" for those that come with the suite.
 
     Raises:
-        ConversationError: the file is missing, is not JSON, or a turn lacks something.
+        GlmlabError: the file is missing, is not JSON, or a turn lacks something.
 
     Example:
         >>> conversation = load_conversation("short")
@@ -56,29 +52,27 @@ def load_conversation(path: str | os.PathLike[str]) -> Conversation:
         content = file.read_bytes()
         document = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
-        raise ConversationError(
+        raise GlmlabError(
             f"{file} is not there. Give a conversation file, or one of {', '.join(BUNDLED_CONVERSATIONS)}."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ConversationError(f"{file} is not readable as JSON in UTF-8 ({error}). Mend the file.") from error
+        raise GlmlabError(f"{file} is not readable as JSON in UTF-8 ({error}). Fix the file.") from error
     if not isinstance(document, dict) or not isinstance(document.get("turns"), list) or not document["turns"]:
-        raise ConversationError(
-            f'{file} has no list of turns. It needs "turns": [{{"user": …, "max_new_tokens": …}}, …].'
-        )
+        raise GlmlabError(f'{file} has no list of turns. It needs "turns": [{{"user": …, "max_new_tokens": …}}, …].')
     for field in ("name", "language"):
         if not isinstance(document.get(field), str):
-            raise ConversationError(f'{file} has no {field}. Add "{field}": "…".')
-    turns = tuple(_question(file, number, turn) for number, turn in enumerate(document["turns"], start=1))
+            raise GlmlabError(f'{file} has no {field}. Add "{field}": "…".')
+    turns = tuple(_question(f"{file}: turn {number}", turn) for number, turn in enumerate(document["turns"], start=1))
     return Conversation(document["name"], document["language"], turns, hashlib.sha256(content).hexdigest())
 
 
-def _question(file: Path, number: int, turn: Any) -> Question:
+def _question(where: str, turn: Any) -> Question:
     user = turn.get("user") if isinstance(turn, dict) else None
     if not isinstance(user, str) or not user.strip():
-        raise ConversationError(f'{file}: turn {number} says nothing. Give it "user": "…".')
-    budget = turn.get("max_new_tokens")
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise ConversationError(
-            f'{file}: turn {number} has max_new_tokens {budget!r}. Give it "max_new_tokens": a whole number from 1 on.'
+        raise GlmlabError(f'{where} says nothing. Give it "user": "…".')
+    longest = turn.get("max_new_tokens")
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
+        raise GlmlabError(
+            f'{where} has max_new_tokens {longest!r}. Give it "max_new_tokens": a whole number from 1 on.'
         )
-    return Question(user, budget)
+    return Question(user, longest)

@@ -2,13 +2,13 @@
 
     gpustat      used_mib, process_mib, others_mib   what the driver counts: reserved + CUDA context + other programs
     torch.cuda   allocated_mib, reserved_mib, peaks  what this process's PyTorch allocator counts
-    process      rss_mib                             host memory of this process; all there is without a GPU
+    process      rss_mib                             host memory of this process; without a GPU nothing else is known
 
-gpustat's query sleeps 100 ms inside, so :meth:`MemoryProbe.read` is for once a turn; :meth:`MemoryProbe.read_fast` asks
-the driver's library (NVML) directly, in about 0.02 ms, and is for every token. Both count the same thing.
+gpustat's query sleeps 100 ms, so :meth:`MemoryProbe.read` is for once a turn; ``read(fast=True)`` asks the driver's
+library (NVML) directly in about 0.02 ms and is for every token. Both count the same.
 
-NVML ignores CUDA_VISIBLE_DEVICES and numbers GPUs in another order than CUDA does, so a GPU is found by its UUID. On a
-MIG slice the slice's own figures are read, through NVML, since gpustat only knows whole GPUs.
+NVML ignores CUDA_VISIBLE_DEVICES and numbers GPUs in another order than CUDA, so GPUs are matched by UUID. On a MIG
+slice NVML gives the slice's own figures; gpustat only knows whole GPUs.
 
 Under Windows (WDDM), and in containers that do not see the host's process ids, the driver withholds the figures of
 single processes. They are then None: missing, not 0.
@@ -27,26 +27,23 @@ if TYPE_CHECKING:
     import torch
 
 READING_COLUMNS = (
-    "gpu",
-    "used_mib",
-    "process_mib",
-    "others_mib",
-    "reserved_mib",
-    "allocated_mib",
-    "peak_allocated_mib",
-    "peak_reserved_mib",
-    "rss_mib",
+    "gpu", "used_mib", "process_mib", "others_mib", "reserved_mib", "allocated_mib", "peak_allocated_mib",
+    "peak_reserved_mib", "rss_mib",
+)  # fmt: skip
+"""Columns of a recording that a reading fills."""
+
+_ADVICE = (
+    "Check it with nvidia-smi; a driver that was updated or reset needs a restart of the machine or the container."
 )
-"""What a reading gives to a row of a recording."""
 
 
 class ProbeError(GlmlabError):
-    """The driver cannot be asked, or does not answer any more; says which GPU and what to do."""
+    """The driver cannot be asked, or no longer answers; the message says which GPU and what to do."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Memory at one moment, of one GPU or, where ``gpu`` is None, of a process without one. What is unknown is None."""
+    """Memory at one moment, of one GPU or, if ``gpu`` is None, of a process without one. What is unknown is None."""
 
     source: str
     """Where used_mib comes from: "gpustat", "nvml", or "process" (no GPU)."""
@@ -54,22 +51,21 @@ class Reading:
     """Resident host memory of this process."""
     gpu: int | None = None
     """Index of the GPU as nvidia-smi and gpustat count."""
-    uuid: str | None = None
     name: str | None = None
     total_mib: float | None = None
     used_mib: float | None = None
     process_mib: float | None = None
     """This process's part of used_mib."""
     others_mib: float | None = None
-    """Sum over the other processes; None unless the driver tells every one of them."""
+    """Sum over the other processes; None unless the driver gives the figure of every one."""
     allocated_mib: float | None = None
     reserved_mib: float | None = None
     peak_allocated_mib: float | None = None
-    """Highest allocated_mib since the reading before; in the first one, since the process started."""
+    """Highest allocated_mib since the previous reading; in the first one, since the process started."""
     peak_reserved_mib: float | None = None
 
     def row(self) -> dict[str, float | int | None]:
-        """The figures under the names that a recording's columns have.
+        """The figures under the names of a recording's columns.
 
         Example:
             >>> Reading("process", rss_mib=512.0).row()["rss_mib"]
@@ -84,15 +80,18 @@ class _Gpu:
     """One CUDA device of torch and what NVML calls it."""
 
     ordinal: int  # torch's number
-    index: int  # NVML's number, of the whole GPU where this is a MIG slice
+    handle: Any  # NVML's, of a MIG slice or of a whole GPU
+    index: int  # NVML's number of the whole GPU
     uuid: str
     name: str
-    is_mig: bool
-    handle: Any
+
+    @property
+    def is_mig(self) -> bool:
+        return self.uuid.startswith("MIG-")
 
 
 class MemoryProbe:
-    """Reads the memory of the GPUs that a model lies on, or of the process where it lies on none.
+    """Reads the memory of the GPUs that a model lies on, or of the process if it lies on none.
 
     Args:
         devices: one torch device or several ("cpu", "cuda:0", ``torch.device("cuda", 1)``); each CUDA device gives one
@@ -108,14 +107,13 @@ class MemoryProbe:
     """
 
     def __init__(self, devices: "str | torch.device | Sequence[str | torch.device]" = "cpu") -> None:
-        several = [devices] if isinstance(devices, str) or not isinstance(devices, Sequence) else list(devices)
+        several = [devices] if isinstance(devices, str) or not isinstance(devices, Sequence) else devices
         ordinals = sorted({_ordinal(str(device)) for device in several if str(device).startswith("cuda")})
         self.driver: str | None = None
         """Version of the NVIDIA driver; None without a GPU."""
         self._gpus: list[_Gpu] = []
         if ordinals:
-            with _driver_errors("before the first reading"):
-                nvml = _nvml()
+            with _driver_errors("before the first reading") as nvml:
                 nvml.nvmlInit()
                 self.driver = nvml.nvmlSystemGetDriverVersion()
                 self._gpus = [_find_gpu(nvml, ordinal) for ordinal in ordinals]
@@ -123,8 +121,7 @@ class MemoryProbe:
     @classmethod
     def for_model(cls, model: Any) -> "MemoryProbe":
         """Probe of every device that a model's parameters and buffers lie on."""
-        tensors = [*model.parameters(), *model.buffers()]
-        return cls(sorted({str(tensor.device) for tensor in tensors}))
+        return cls(sorted({str(tensor.device) for tensor in (*model.parameters(), *model.buffers())}))
 
     @property
     def gpus(self) -> list[dict[str, Any]]:
@@ -135,66 +132,48 @@ class MemoryProbe:
             ]
 
     def clocks(self) -> list[dict[str, Any]]:
-        """Index, name, sm_clock_mhz and temperature_c of each GPU at this moment; None where the driver does not tell.
+        """Index, name, sm_clock_mhz and temperature_c of each GPU now; None if the driver does not tell.
 
         Raises:
             ProbeError: the driver went away.
         """
-        nvml = _nvml()
-        with _driver_errors("while reading clocks"):
+        with _driver_errors("while reading clocks") as nvml:
             return [
                 {
                     "index": gpu.index,
                     "name": gpu.name,
-                    "sm_clock_mhz": _if_told(nvml.nvmlDeviceGetClockInfo, gpu.handle, nvml.NVML_CLOCK_SM),
-                    "temperature_c": _if_told(nvml.nvmlDeviceGetTemperature, gpu.handle, nvml.NVML_TEMPERATURE_GPU),
+                    "sm_clock_mhz": _if_told(nvml, nvml.nvmlDeviceGetClockInfo, gpu.handle, nvml.NVML_CLOCK_SM),
+                    "temperature_c": _if_told(
+                        nvml, nvml.nvmlDeviceGetTemperature, gpu.handle, nvml.NVML_TEMPERATURE_GPU
+                    ),
                 }
                 for gpu in self._gpus
             ]
 
-    def read(self) -> list[Reading]:
-        """Read through gpustat, torch.cuda and the process; takes 100 ms per GPU.
+    def read(self, *, fast: bool = False) -> list[Reading]:
+        """Read all three sources; takes 100 ms per GPU, or with ``fast`` (NVML instead of gpustat) less than 1 ms.
 
         Raises:
             ProbeError: the driver went away.
         """
-        return self._readings(fast=False)
-
-    def read_fast(self) -> list[Reading]:
-        """Read the same figures with NVML in gpustat's place; takes less than 1 ms.
-
-        Raises:
-            ProbeError: the driver went away.
-        """
-        return self._readings(fast=True)
-
-    def _readings(self, *, fast: bool) -> list[Reading]:
         import psutil
 
         rss_mib = mib(psutil.Process().memory_info().rss)
         if not self._gpus:
             return [Reading("process", rss_mib)]
         with _driver_errors("while reading"):
-            asked = [gpu for gpu in self._gpus if not (fast or gpu.is_mig)]
-            by_gpustat = _ask_gpustat(asked) if asked else {}
-            readings = []
-            for gpu in self._gpus:
-                if gpu.uuid in by_gpustat:
-                    source, driver_figures = "gpustat", by_gpustat[gpu.uuid]
-                else:
-                    source, driver_figures = "nvml", _ask_nvml(gpu)
-                readings.append(
-                    Reading(
-                        source,
-                        rss_mib,
-                        gpu=gpu.index,
-                        uuid=gpu.uuid,
-                        name=gpu.name,
-                        **driver_figures,
-                        **_ask_torch(gpu.ordinal),
-                    )
+            by_gpustat = {} if fast else _ask_gpustat([gpu for gpu in self._gpus if not gpu.is_mig])
+            return [
+                Reading(
+                    "gpustat" if gpu.uuid in by_gpustat else "nvml",
+                    rss_mib,
+                    gpu=gpu.index,
+                    name=gpu.name,
+                    **(by_gpustat.get(gpu.uuid) or _ask_nvml(gpu)),
+                    **_ask_torch(gpu.ordinal),
                 )
-        return readings
+                for gpu in self._gpus
+            ]
 
 
 # ------------------------------------------------------------------------------------------ three sources
@@ -206,15 +185,16 @@ def _ask_gpustat(gpus: Sequence[_Gpu]) -> dict[str, Figures]:
     """Figures by UUID, in whole MiB; gpustat leaves out processes that the operating system does not show it."""
     import gpustat
 
+    if not gpus:
+        return {}
     figures = {}
     for stat in gpustat.GPUStatCollection.new_query(id=[gpu.index for gpu in gpus]):
         if not stat.available or stat.entry["memory.used"] is None:
-            raise ProbeError(f"GPU {stat.index} does not answer any more ({stat.name}). {_MEND}")
-        processes = [(process["pid"], process["gpu_memory_usage"]) for process in stat.processes or []]
+            raise ProbeError(f"GPU {stat.index} no longer answers ({stat.name}). {_ADVICE}")
         figures[stat.uuid] = {
             "total_mib": float(stat.memory_total),
             "used_mib": float(stat.memory_used),
-            **_by_process(processes),
+            **_by_process({process["pid"]: process["gpu_memory_usage"] for process in stat.processes or []}),
         }
     return figures
 
@@ -230,30 +210,20 @@ def _ask_nvml(gpu: _Gpu) -> Figures:
             continue
         for process in listed:
             by_pid.setdefault(process.pid, mib(process.usedGpuMemory) if process.usedGpuMemory else None)
-    return {"total_mib": mib(memory.total), "used_mib": mib(memory.used), **_by_process(list(by_pid.items()))}
+    return {"total_mib": mib(memory.total), "used_mib": mib(memory.used), **_by_process(by_pid)}
 
 
-def _if_told(ask: Any, *arguments: Any) -> int | None:
-    """What a function of NVML answers; None where this GPU or this driver does not know it."""
-    nvml = _nvml()
-    try:
-        return int(ask(*arguments))
-    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
-        return None
+def _by_process(by_pid: dict[int, float | None]) -> Figures:
+    """Own figure and the sum of the others'; None if the driver does not list or does not tell them.
 
-
-def _by_process(processes: Sequence[tuple[int, float | None]]) -> Figures:
-    """Own figure and the sum of the others'; None where the driver does not list or does not tell them.
-
-    A process that uses the GPU but is not listed runs where the driver's process ids mean nothing: then nobody can say
-    that a listed figure is another's.
+    If this process uses the GPU but is not listed, process ids are not the host's, and a listed figure may be its own.
     """
-    own = [figure for pid, figure in processes if pid == os.getpid()]
-    others = [figure for pid, figure in processes if pid != os.getpid()]
+    others = [figure for pid, figure in by_pid.items() if pid != os.getpid()]
     told = [float(figure) for figure in others if figure is not None]
+    own = by_pid.get(os.getpid())
     return {
-        "process_mib": float(own[0]) if own and own[0] is not None else None,
-        "others_mib": float(sum(told)) if own and len(told) == len(others) else None,
+        "process_mib": None if own is None else float(own),
+        "others_mib": float(sum(told)) if os.getpid() in by_pid and len(told) == len(others) else None,
     }
 
 
@@ -270,11 +240,6 @@ def _ask_torch(ordinal: int) -> Figures:
     return figures
 
 
-# ------------------------------------------------------------------------------------------ which GPU is it
-
-_MEND = "Check it with nvidia-smi; a driver that was updated or reset needs a restart of the machine or the container."
-
-
 def _nvml() -> Any:
     """Return pynvml as gpustat patches it, so that "used" means the same in both (without the driver's own reserve)."""
     from gpustat.nvml import pynvml
@@ -282,20 +247,31 @@ def _nvml() -> Any:
     return pynvml
 
 
+def _if_told(nvml: Any, ask: Any, *arguments: Any) -> int | None:
+    """What a function of NVML answers; None if this GPU or this driver does not know it."""
+    try:
+        return int(ask(*arguments))
+    except (nvml.NVMLError_NotSupported, nvml.NVMLError_NoPermission, nvml.NVMLError_FunctionNotFound):
+        return None
+
+
 @contextmanager
-def _driver_errors(when: str) -> Iterator[None]:
-    """Turn NVML's errors into one that says what to do."""
+def _driver_errors(when: str) -> Iterator[Any]:
+    """Lend NVML, and turn its errors into one that says what to do."""
     nvml = _nvml()
     try:
-        yield
+        yield nvml
     except nvml.NVMLError_LibraryNotFound as error:
         raise ProbeError(
             "the model lies on a GPU, but the NVIDIA driver's library (libnvidia-ml.so.1, nvml.dll) is not there, so "
-            "nobody can say how much of the GPU is used. Install the driver; in a container, run it with --gpus all "
+            "the GPU's memory cannot be read. Install the driver; in a container, run it with --gpus all "
             "(NVIDIA_DRIVER_CAPABILITIES must include 'utility'); under WSL put /usr/lib/wsl/lib on LD_LIBRARY_PATH."
         ) from error
     except nvml.NVMLError as error:
-        raise ProbeError(f"the NVIDIA driver does not answer {when} ({error}). {_MEND}") from error
+        raise ProbeError(f"the NVIDIA driver does not answer {when} ({error}). {_ADVICE}") from error
+
+
+# ------------------------------------------------------------------------------------------ which GPU is it
 
 
 def _ordinal(device: str) -> int:
@@ -310,47 +286,48 @@ def _find_gpu(nvml: Any, ordinal: int) -> _Gpu:
     """Find the GPU or MIG slice that torch calls ``cuda:ordinal``."""
     import torch
 
+    def gpu(handle: Any, whole: Any) -> _Gpu:
+        index, uuid = nvml.nvmlDeviceGetIndex(whole), nvml.nvmlDeviceGetUUID(handle)
+        return _Gpu(ordinal, handle, index, uuid, nvml.nvmlDeviceGetName(handle))
+
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     if ordinal < len(visible) and visible[ordinal].startswith("MIG-"):
-        slice_handle = nvml.nvmlDeviceGetHandleByUUID(visible[ordinal])
-        whole = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(slice_handle)
-        return _describe(nvml, ordinal, slice_handle, whole)
+        handle = nvml.nvmlDeviceGetHandleByUUID(visible[ordinal])
+        return gpu(handle, nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle))
 
-    wanted = str(torch.cuda.get_device_properties(ordinal).uuid)
-    wholes = _answering_gpus(nvml)
-    for whole in wholes:
+    wanted = str(torch.cuda.get_device_properties(ordinal).uuid)  # without NVML's prefix
+    listed = []
+    for whole in _answering_gpus(nvml):
         slices = _mig_slices(nvml, whole)
-        for slice_handle in slices:
-            if _bare_uuid(nvml.nvmlDeviceGetUUID(slice_handle)) == wanted:
-                return _describe(nvml, ordinal, slice_handle, whole)
-        if _bare_uuid(nvml.nvmlDeviceGetUUID(whole)) == wanted:
+        listed.append(nvml.nvmlDeviceGetUUID(whole))
+        if listed[-1] == f"GPU-{wanted}":  # what CUDA also says of a slice
             if len(slices) > 1:
-                names = ", ".join(nvml.nvmlDeviceGetUUID(slice_handle) for slice_handle in slices)
+                names = ", ".join(map(nvml.nvmlDeviceGetUUID, slices))
                 raise ProbeError(
                     f"cuda:{ordinal} is one of {len(slices)} MIG slices of a GPU, and CUDA does not say which. Name it "
                     f"before starting: CUDA_VISIBLE_DEVICES=<one of {names}>."
                 )
-            return _describe(nvml, ordinal, slices[0] if slices else whole, whole)
-    known = ", ".join(nvml.nvmlDeviceGetUUID(whole) for whole in wholes) or "none"
+            return gpu(slices[0] if slices else whole, whole)
+        for handle in slices:
+            if nvml.nvmlDeviceGetUUID(handle) == f"MIG-{wanted}":
+                return gpu(handle, whole)
     raise ProbeError(
-        f"the driver lists no GPU with the UUID of cuda:{ordinal} ({wanted}); it lists: {known}. CUDA and the driver's "
-        "library disagree, as they do after an update: restart the machine or the container."
+        f"the driver lists no GPU with the UUID of cuda:{ordinal} ({wanted}); it lists: {', '.join(listed) or 'none'}. "
+        "CUDA and the driver's library disagree, as they do after an update: restart the machine or the container."
     )
 
 
-def _answering_gpus(nvml: Any) -> list[Any]:
+def _answering_gpus(nvml: Any) -> Iterator[Any]:
     """Handles of all GPUs but those that are lost, which must not hide the others."""
-    handles = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
-            handles.append(nvml.nvmlDeviceGetHandleByIndex(index))
+            yield nvml.nvmlDeviceGetHandleByIndex(index)
         except nvml.NVMLError_GpuIsLost:
             continue
-    return handles
 
 
 def _mig_slices(nvml: Any, whole: Any) -> list[Any]:
-    """Handles of the MIG slices of a GPU; none where MIG is off or unknown to the driver."""
+    """Handles of the MIG slices of a GPU; none if MIG is off or unknown to the driver."""
     try:
         if nvml.nvmlDeviceGetMigMode(whole)[0] != nvml.NVML_DEVICE_MIG_ENABLE:
             return []
@@ -364,19 +341,3 @@ def _mig_slices(nvml: Any, whole: Any) -> list[Any]:
         except nvml.NVMLError_NotFound:  # an empty place
             continue
     return slices
-
-
-def _describe(nvml: Any, ordinal: int, handle: Any, whole: Any) -> _Gpu:
-    uuid = nvml.nvmlDeviceGetUUID(handle)
-    index = nvml.nvmlDeviceGetIndex(whole)
-    return _Gpu(ordinal, index, uuid, nvml.nvmlDeviceGetName(handle), uuid.startswith("MIG-"), handle)
-
-
-def _bare_uuid(uuid: str) -> str:
-    """UUID without NVML's prefix, as CUDA writes it.
-
-    Example:
-        >>> _bare_uuid("GPU-ffc79498-8ff3-c2dc-3b0d-fafd804516ae")
-        'ffc79498-8ff3-c2dc-3b0d-fafd804516ae'
-    """
-    return uuid.removeprefix("GPU-").removeprefix("MIG-")

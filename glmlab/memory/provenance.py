@@ -1,4 +1,4 @@
-"""What a recording notes of where it comes from: model, settings, machine, versions."""
+"""What a recording says about where it comes from: model, settings, machine, versions."""
 
 import importlib.metadata
 import os
@@ -21,10 +21,12 @@ def chat_provenance(
 ) -> dict[str, Any]:
     """Model, settings, machine and versions of a recorded chat, as JSON can hold them; no path of this machine."""
     report = session.loaded.report
+    sampling = session.generation_config or session.loaded.model.generation_config
+    settings = ("do_sample", "temperature", "top_k", "top_p") if sampling.do_sample else ("do_sample",)
     return {
         "status": "running",
         **run_provenance(report, probe),
-        "sampling": _sampling(session),
+        "sampling": {name: getattr(sampling, name) for name in settings},
         "cache": "static" if session.static_tokens or session.loaded.compiled else "dynamic",
         "static_tokens": session.static_tokens or 0,
         "answers": "exactly max_new_tokens of each turn, since random weights do not end an answer"
@@ -44,7 +46,7 @@ def chat_provenance(
 
 
 def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
-    """What a measured run says of itself, whatever is measured; plain types, no path of this machine.
+    """What any measured run says about itself; plain types, no path of this machine.
 
     Args:
         report: of the model that runs.
@@ -71,7 +73,7 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
         "device": report.device,
         "parameters": report.parameters,
         "weight_bytes": report.bytes_by_component,
-        "load_s": microseconds(report.seconds),
+        "load_s": round(report.seconds, 6),
         "tokenizer": report.tokenizer,
         "gpus": probe.gpus,
         "driver": probe.driver,
@@ -110,9 +112,7 @@ def _public_name(name: str) -> str:
         ('zai-org/chatglm3-6b', 'chatglm3-6b')
     """
     path = Path(name).expanduser()
-    if name != EMBEDDED and (path.is_absolute() or path.exists()):
-        return path.resolve().name
-    return name
+    return path.resolve().name if name != EMBEDDED and (path.is_absolute() or path.exists()) else name
 
 
 def _load_path(report: LoadReport) -> str:
@@ -120,15 +120,3 @@ def _load_path(report: LoadReport) -> str:
     quantised = ", linear layers quantised by bitsandbytes" if report.precision in ("int8", "int4") else ""
     device = "GPU" if report.device.startswith("cuda") else "CPU"
     return f"{source} -> {report.architecture} on {device}{quantised}"
-
-
-def _sampling(session: ChatSession) -> dict[str, Any]:
-    config = session.generation_config or session.loaded.model.generation_config
-    if not config.do_sample:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-
-
-def microseconds(seconds: float | None) -> float | None:
-    """Seconds, rounded to what the clock is worth."""
-    return None if seconds is None else round(seconds, 6)

@@ -39,7 +39,7 @@ from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
 from glmlab.forecast.comparison import forecast_of
 from glmlab.forecast.workload import resolve_model
 from glmlab.latency.polling import API, NVML, SUBPROCESS
-from glmlab.memory.recording import load_conversation
+from glmlab.memory.conversations import load_conversation
 from glmlab.snapshots.replay import read_snapshot
 
 RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from glmlab.core.units import MIB
+
 GPU_UUIDS = tuple(f"00000000-0000-0000-0000-00000000000{gpu}" for gpu in range(4))  # as fake_nvml.c gives them
 MIG_UUIDS = tuple(f"00000000-0000-0000-0001-0000000000{place:02d}" for place in range(4))  # slices of GPU 0
-MIB = 2**20
 
 
 def build_library(folder: Path) -> Path:
@@ -71,6 +72,7 @@ class FakeCuda:
 
         faked: dict[str, Any] = {
             "current_device": lambda: 0,
+            "get_device_capability": lambda: (8, 9),
             "get_device_properties": lambda ordinal: SimpleNamespace(uuid=self.uuids[ordinal]),
             "memory_allocated": lambda _: self.allocated_mib * MIB,
             "max_memory_allocated": lambda _: self.peak_mib * MIB,

@@ -222,7 +222,7 @@ int nvmlDeviceGetGraphicsRunningProcesses_v3(Device *device, unsigned int *count
     return device->is_slice ? NOT_SUPPORTED : check(device);
 }
 
-/* ------------------------------------------------- what gpustat asks besides; glmlab asks clock and temperature */
+/* -------------------------------------------------------------------------------------------------- clocks */
 
 int nvmlDeviceGetTemperature(Device *device, unsigned int sensor, unsigned int *degrees) {
     (void)sensor;
@@ -232,19 +232,4 @@ int nvmlDeviceGetTemperature(Device *device, unsigned int sensor, unsigned int *
 int nvmlDeviceGetClockInfo(Device *device, unsigned int kind, unsigned int *mhz) {
     *mhz = kind == 1 ? 1500 : 0; /* NVML_CLOCK_SM */
     return device->is_slice ? NOT_SUPPORTED : check(device);
-}
-int nvmlDeviceGetFanSpeed(Device *device, unsigned int *speed) { (void)device; (void)speed; return NOT_SUPPORTED; }
-int nvmlDeviceGetUtilizationRates(Device *device, unsigned int *rates) { rates[0] = rates[1] = 0; return check(device); }
-int nvmlDeviceGetEncoderUtilization(Device *device, unsigned int *percent, unsigned int *period) {
-    *percent = *period = 0;
-    return check(device);
-}
-int nvmlDeviceGetDecoderUtilization(Device *device, unsigned int *percent, unsigned int *period) {
-    *percent = *period = 0;
-    return check(device);
-}
-int nvmlDeviceGetPowerUsage(Device *device, unsigned int *milliwatts) { *milliwatts = 50000; return check(device); }
-int nvmlDeviceGetEnforcedPowerLimit(Device *device, unsigned int *milliwatts) {
-    *milliwatts = 300000;
-    return check(device);
 }
