@@ -352,15 +352,11 @@ def bench(
     notebooks: Annotated[Path, typer.Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
 ) -> None:
     """Print what the suite's own code costs: ratios of two ways, seconds, the replay in nanoseconds an event."""
-    from glmlab.forecast.forecast import Forecast
-    from glmlab.suite.bench import format_rows, run_benchmarks
-    from glmlab.suite.forecast_bench import STEPS, benchmark_replay, speed_table
+    from glmlab.suite.bench import format_rows, replay_table, run_benchmarks
 
     typer.echo(format_rows(run_benchmarks(repetitions, out, notebooks=notebooks)))
     for attention in ("sdpa", "eager"):
-        traced = Forecast.of("chatglm3-6b", attention=attention).trace
-        typer.echo(f"\nreplay of ChatGLM3-6B, fp16, {attention}, one answer:")
-        typer.echo(speed_table(benchmark_replay(traced, steps=STEPS)))
+        typer.echo(f"\n{replay_table(attention)}")
 
 
 @app.command()

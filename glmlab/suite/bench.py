@@ -1,22 +1,24 @@
-"""What the suite's own code costs: ratios of two ways to do one thing, measured side by side, and a few times.
+"""What the suite's own code costs: ratios of two ways to do one thing, and a few times.
 
-A time alone says as much of the machine as of the code. So where there are two ways they take turns, whatever else the
-machine does meets both alike, and only the ratio of their medians counts. Forecasts and notebooks have no other way to
-be compared with: their rows are seconds, and say so.
+A time alone says as much of the machine as of the code. So where there are two ways they take turns: whatever else the
+machine does slows both alike, and the ratio of their medians counts. Forecasts and notebooks have nothing to be compared
+with; their rows are seconds.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from glmlab.allocator.replay import StepReplayer
 from glmlab.core.errors import GlmlabError
 from glmlab.core.files import write_atomically
 from glmlab.forecast.forecast import Forecast
@@ -26,9 +28,12 @@ from glmlab.latency.polling import API, SUBPROCESS, measure_polling
 from glmlab.memory.provenance import today
 from glmlab.models.loading import LoadedModel, load_model
 from glmlab.prompts.encoding import encode_chat
-from glmlab.suite.forecast_bench import benchmark_replay
-from glmlab.suite.notebooks import execute_notebook, find_notebooks
+from glmlab.suite.notebooks import execute_notebooks, find_notebooks
 from glmlab.tracing.cached import trace
+from glmlab.tracing.trace import AllocationTrace, Turn
+
+REPLAY_STEPS = (8_192, 32_768, 131_072)
+"""Decode steps of the replays in :func:`replay_table`."""
 
 _PROMPT = "Tell me a long story about a fox."
 
@@ -38,18 +43,14 @@ class Row:
     """One line of the table: a ratio of speeds, or seconds."""
 
     key: str
-    value: float | None
-    """Speed of the first way against the second (1 is as fast), or seconds; None where it cannot be measured here."""
+    value: float | None  # speed of the first way over the second, or seconds; None where it cannot be measured here
     what: str
     unit: Literal["ratio", "s"] = "ratio"
-    at_least: float | None = None
-    """The ratio that the suite promises."""
-    first_ms: float | None = None
-    """Median of the first way, a unit of work."""
+    at_least: float | None = None  # the ratio that the suite promises
+    first_ms: float | None = None  # median of the first way, a unit of work
     second_ms: float | None = None
     repetitions: int = 1
-    reason: str = ""
-    """Why there is no value."""
+    reason: str = ""  # why there is no value
 
 
 def take_turns(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
@@ -87,6 +88,37 @@ def decode_rows(repetitions: int, *, tokens: int = 64) -> list[Row]:
     """
     loaded = load_model("embedded", precision="fp32", device="cpu")
     compiled = load_model("embedded", precision="fp32", device="cpu", compile=True)
+    ways = _decoding_ways(loaded, compiled, tokens)
+    generated = ways["generate"]()
+    if any(way() != generated for way in ways.values()):
+        raise GlmlabError("decode_steps and generate() give different tokens: nothing to compare. Please report this.")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = take_turns(ways, repetitions)
+    finally:
+        torch.set_num_threads(threads)
+    ms = {name: statistics.median(values) / len(generated) * 1e3 for name, values in seconds.items()}
+
+    def row(key: str, way: str, against: str, at_least: float, what: str) -> Row:
+        ratio = ms[against] / ms[way]
+        return Row(key, ratio, f"tokens/s of {what}", "ratio", at_least, ms[way], ms[against], repetitions)
+
+    rows = [
+        row("decode_over_generate", "default", "generate", 1.0, "decode_steps against model.generate()"),
+        row(
+            "decode_full_logits_over_generate", "full logits", "generate", 0.9, "decode_steps with all logits, likewise"
+        ),
+        row("compiled_over_eager", "compiled", "eager", 1.0, "load_model(compile=True) against eager"),
+    ]
+    compilation = compiled.report.compilation
+    if compilation is not None and compilation.failure is not None:
+        rows[-1] = Row("compiled_over_eager", None, rows[-1].what, reason=compilation.failure)
+    return rows
+
+
+def _decoding_ways(loaded: LoadedModel, compiled: LoadedModel, tokens: int) -> dict[str, Callable[[], list[int]]]:
+    """Ways to generate the same ids."""
     prompt = encode_chat(loaded.tokenizer, [{"role": "user", "content": _PROMPT}])
     ids = torch.tensor([prompt])
     config = GenerationConfig(
@@ -98,63 +130,25 @@ def decode_rows(repetitions: int, *, tokens: int = 64) -> list[Row]:
         return list(generated[0, len(prompt) :].tolist())
 
     def steps(keep: Keep, model: LoadedModel = loaded) -> list[int]:
-        return [
-            step.token_id
-            for step in decode_steps(model, prompt, max_new_tokens=tokens, generation_config=config, keep=keep)
-        ]
+        run = decode_steps(model, prompt, max_new_tokens=tokens, generation_config=config, keep=keep)
+        return [step.token_id for step in run]
 
-    ways: dict[str, Callable[[], list[int]]] = {
+    return {
         "generate": generate,
         "default": lambda: steps(Keep()),
         "full logits": lambda: steps(Keep(logits=True)),
         "eager": lambda: steps(Keep(top_k=0)),
         "compiled": lambda: steps(Keep(top_k=0), compiled),
     }
-    generated = generate()
-    if any(way() != generated for way in ways.values()):
-        raise GlmlabError("decode_steps and generate() give different tokens: nothing to compare. Please report this.")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        seconds = take_turns(ways, repetitions)
-    finally:
-        torch.set_num_threads(threads)
-    ms = {name: statistics.median(values) / len(generated) * 1e3 for name, values in seconds.items()}
-    rows = [
-        Row(
-            key,
-            ms[against] / ms[way],
-            f"tokens/s of {what}",
-            at_least=at_least,
-            first_ms=ms[way],
-            second_ms=ms[against],
-            repetitions=repetitions,
-        )
-        for key, way, against, at_least, what in (
-            ("decode_over_generate", "default", "generate", 1.0, "decode_steps against model.generate()"),
-            (
-                "decode_full_logits_over_generate",
-                "full logits",
-                "generate",
-                0.9,
-                "decode_steps with all logits, likewise",
-            ),
-            ("compiled_over_eager", "compiled", "eager", 1.0, "load_model(compile=True) against eager"),
-        )
-    ]
-    compilation = compiled.report.compilation
-    if compilation is not None and compilation.failure is not None:
-        rows[-1] = Row("compiled_over_eager", None, rows[-1].what, reason=compilation.failure)
-    return rows
 
 
-def forecast_rows(_: int = 1, *, steps: int = 32_768) -> list[Row]:
+def forecast_rows(*, steps: int = 32_768) -> list[Row]:
     """Seconds of a forecast of ChatGLM3-6B-32K over its whole context: the replay, and the trace that it needs once."""
     settings = Forecast.of("chatglm3-6b-32k", tokens=steps).workload.trace_settings()
     started = time.perf_counter()
     traced = trace(settings, refresh=True)
     trace_s = time.perf_counter() - started
-    (speed,) = benchmark_replay(traced, steps=[steps - DEFAULT_PROMPT + 1], prompt=DEFAULT_PROMPT)
+    (speed,) = measure_replay(traced, steps=[steps - DEFAULT_PROMPT + 1], prompt=DEFAULT_PROMPT)
     return [
         Row("forecast_32k_replay_s", speed.seconds, f"replay of {steps:,} tokens, CPU time of one core", "s"),
         Row("forecast_32k_trace_s", trace_s, "trace of the model, cached afterwards", "s"),
@@ -163,33 +157,21 @@ def forecast_rows(_: int = 1, *, steps: int = 32_768) -> list[Row]:
 
 def polling_rows(repetitions: int) -> list[Row]:
     """Readings per second of gpustat's Python API against its command, where there is a driver to answer."""
+    key, what = "gpustat_api_over_subprocess", "readings/s of gpustat.new_query() against a gpustat --json process"
     rounds = min(repetitions, 5)
     table = measure_polling(repetitions=rounds).set_index("way")
-    what = "readings/s of gpustat.new_query() against a gpustat --json process"
     api, process = (table.loc[way].to_dict() for way in (API, SUBPROCESS))
     if not (api["answers"] and process["answers"]):
         reason = f"no answer from an NVIDIA driver on this machine ({api['outcome'] or process['outcome']})"
-        return [Row("gpustat_api_over_subprocess", None, what, reason=reason)]
+        return [Row(key, None, what, reason=reason)]
     api_ms, process_ms = float(api["poll_ms"]), float(process["poll_ms"])
-    return [
-        Row(
-            "gpustat_api_over_subprocess",
-            process_ms / api_ms,
-            what,
-            at_least=1.0,
-            first_ms=api_ms,
-            second_ms=process_ms,
-            repetitions=rounds,
-        )
-    ]
+    return [Row(key, process_ms / api_ms, what, "ratio", 1.0, api_ms, process_ms, rounds)]
 
 
 def notebook_rows(folder: Path) -> list[Row]:
     """Seconds that all notebooks of a folder take, each from a fresh kernel."""
     with TemporaryDirectory() as copies:
-        executed = [
-            execute_notebook(source, Path(copies) / source.name, {}) for source in find_notebooks(folder, names=[])
-        ]
+        executed = list(execute_notebooks(find_notebooks(folder, []), Path(copies), {}))
     seconds = sum(each.seconds for each in executed)
     return [Row("notebooks_s", seconds, f"{len(executed)} notebooks, one after the other", "s")]
 
@@ -214,7 +196,7 @@ def run_benchmarks(repetitions: int, out: Path, *, notebooks: Path = Path("noteb
     if out.is_dir():
         raise GlmlabError(f"{out} is a folder. Let --out name a .json file.")
     rows = [*decode_rows(repetitions), *forecast_rows(), *polling_rows(repetitions), *notebook_rows(notebooks)]
-    record: dict[str, Any] = {
+    record = {
         **{row.key: row.value for row in rows},
         "rows": [asdict(row) for row in rows],
         "torch": torch.__version__,
@@ -249,3 +231,47 @@ def format_rows(rows: Iterable[Row]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
         texts.append("  ".join([key.ljust(widths[0]), *cells, what]))
     return "\n".join(texts)
+
+
+class ReplaySpeed(NamedTuple):
+    """One replay of a single turn from a short prompt; CPU seconds of one core, compilation not counted."""
+
+    steps: int
+    events: int
+    seconds: float
+
+
+def measure_replay(trace: AllocationTrace, *, steps: Sequence[int], prompt: int = 8) -> list[ReplaySpeed]:
+    """Replay one turn of each number of decode steps; compiles first, so that compilation is not measured.
+
+    Example:
+        >>> from glmlab.tracing.trace import load_recorded
+        >>> speed = measure_replay(load_recorded("chatglm3-6b-original-int4"), steps=[50])[0]
+        >>> speed.steps, speed.events > 50 * 2900
+        (50, True)
+    """
+    lengths = np.diff(trace.program.section_start)
+    StepReplayer(trace.program).run(trace.schedule([Turn(prompt, 4)]))
+    speeds = []
+    for n_steps in steps:
+        schedule = trace.schedule([Turn(prompt, n_steps)])
+        begin = time.process_time()
+        StepReplayer(trace.program).run(schedule)
+        seconds = time.process_time() - begin
+        speeds.append(ReplaySpeed(n_steps, int(lengths[schedule[:, 1]].sum()), seconds))
+    return speeds
+
+
+def replay_table(attention: str, steps: Sequence[int] = REPLAY_STEPS) -> str:
+    """How fast ChatGLM3-6B in fp16 is replayed: nanoseconds an event, and how the time grows with the steps."""
+    speeds = measure_replay(Forecast.of("chatglm3-6b", attention=attention).trace, steps=steps)
+    lines = [
+        f"replay of ChatGLM3-6B, fp16, {attention}, one answer:",
+        "  steps       events  seconds  ns/event  growth",
+    ]
+    lines += [
+        f"{speed.steps:7} {speed.events:12} {speed.seconds:8.2f} {speed.seconds / speed.events * 1e9:9.1f} "
+        f"{speed.seconds / speeds[0].seconds:7.2f}"
+        for speed in speeds
+    ]
+    return "\n".join(lines)

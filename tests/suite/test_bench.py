@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from glmlab import load_model
 from glmlab.cli import app
 from glmlab.core.errors import GlmlabError
 from glmlab.latency.polling import API, SUBPROCESS
 from glmlab.models.compiling import CompiledForward, CompileWarning
 from glmlab.suite import bench
-from glmlab.suite import forecast_bench as benchmark
 
 KEYS = (
     "decode_over_generate",
@@ -36,6 +36,7 @@ def test_a_ratio_compares_speeds_of_equal_work(monkeypatch):
     clocked = {"generate": [3.0, 4.0, 5.0], "default": [2.0, 2.0, 9.0], "full logits": [8.0, 8.0, 8.0]}
     clocked |= {"eager": [6.0] * 3, "compiled": [1.0, 2.0, 3.0]}
     monkeypatch.setattr(bench, "take_turns", lambda ways, repetitions: clocked)
+    monkeypatch.setattr(bench, "load_model", lambda name, compile=False, **how: load_model(name, **how))
     default, full, compiled = bench.decode_rows(3, tokens=4)
     assert (default.key, default.value, default.at_least) == ("decode_over_generate", 2.0, 1.0)
     assert (full.key, full.value, full.at_least) == ("decode_full_logits_over_generate", 0.5, 0.9)
@@ -49,7 +50,8 @@ def test_where_compiling_fails_there_is_no_ratio_but_a_reason(monkeypatch):
 
     monkeypatch.setattr(CompiledForward, "_try_out", failing)
     with pytest.warns(CompileWarning):
-        *_, compiled = bench.decode_rows(1, tokens=4)
+        *rows, compiled = bench.decode_rows(1, tokens=4)
+    assert all(row.value > 0 for row in rows)
     assert (compiled.key, compiled.value, compiled.reason) == ("compiled_over_eager", None, "no compiler")
 
 
@@ -77,7 +79,12 @@ def test_polling_is_compared_where_a_driver_answers(monkeypatch):
 
 
 def test_the_command_prints_its_tables_and_writes_the_ratios_down(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "STEPS", (20, 40))
+    """With made-up rows of decoding and forecasts; the tests above make the real ones."""
+    made_up = {key: bench.Row(key, 1.5, "a against b") for key in KEYS[:3]}
+    made_up |= {key: bench.Row(key, 2.5, "all of c", "s") for key in KEYS[3:5]}
+    monkeypatch.setattr(bench, "decode_rows", lambda _: [made_up[key] for key in KEYS[:3]])
+    monkeypatch.setattr(bench, "forecast_rows", lambda: [made_up[key] for key in KEYS[3:5]])
+    monkeypatch.setattr(bench.replay_table, "__defaults__", ((20, 40),))
     out = tmp_path / "build" / "bench.json"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 + 1")])
     nbformat.write(notebook, tmp_path / "made_up.ipynb")
