@@ -294,7 +294,7 @@ def notebooks(
         list[str] | None, typer.Option("--parameter", "-p", help="name=value for the parameter cell; repeatable")
     ] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="write the outputs back into the notebooks")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="notebooks at a time; measured times need 1")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="notebooks at a time; measured times need 1")] = 1,
 ) -> None:
     """Run notebooks top to bottom; figures land in figures/."""
     from glmlab.suite.notebooks import execute_notebooks, find_notebooks, parse_parameters

@@ -1,8 +1,8 @@
 """What the suite's own code costs: ratios of two ways to do one thing, and a few times.
 
 A time alone says as much of the machine as of the code. So where there are two ways they take turns: whatever else the
-machine does slows both alike, and the ratio of their medians counts. Forecasts and notebooks have nothing to be compared
-with; their rows are seconds.
+machine does slows both alike, and the ratio of their medians counts. Forecasts and notebooks have nothing to be
+compared with; their rows are seconds.
 """
 
 import json

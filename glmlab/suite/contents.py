@@ -34,7 +34,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the table of contents says of one notebook; shows itself in a notebook as a heading and a paragraph."""
+    """What the table of contents says of one notebook: a heading and a paragraph."""
 
     name: str
     question: str
@@ -82,25 +82,25 @@ def _entry(path: Path) -> Entry:
 
 
 def _thumbnail(path: Path, notebook: Any) -> Thumbnail:
+    again = f"glmlab notebooks {path.stem} --in-place"
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     picture = next((output for output in outputs if "image/png" in output.get("data", {})), None)
     if picture is None:
-        raise NotebookError(f"{path.name} shows no picture. Run it first: glmlab notebooks {path.stem} --in-place.")
-    about = picture.get("metadata", {}).get("image/png", {})
+        raise NotebookError(f"{path.name} shows no picture. Run it first: {again}.")
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
             image = Image.open(BytesIO(b64decode(picture.data["image/png"])), formats=["png"]).convert("RGB")
     except (ValueError, TypeError, OSError, SyntaxError, Image.DecompressionBombError, Warning) as error:
         raise NotebookError(
-            f"the first picture of {path.name} is no PNG that can be read ({error}). Run it again: glmlab notebooks "
-            f"{path.stem} --in-place."
+            f"the first picture of {path.name} is no PNG that can be read ({error}). Run it again: {again}."
         ) from error
-    if not about.get("alt"):
+    alt = picture.get("metadata", {}).get("image/png", {}).get("alt")
+    if not alt:
         raise NotebookError(
             f"the first picture of {path.name} has no alternative text. Show it with a function of glmlab.figures, and "
-            f"run it again: glmlab notebooks {path.stem} --in-place."
+            f"run it again: {again}."
         )
     image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     png = BytesIO()
     image.quantize(32).save(png, format="png", optimize=True)
-    return Thumbnail(png.getvalue(), about["alt"], *image.size)
+    return Thumbnail(png.getvalue(), alt, *image.size)

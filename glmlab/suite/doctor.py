@@ -1,4 +1,4 @@
-"""What works on this machine, and what not: versions, GPU, driver, fonts, memory; and whether a model fits."""
+"""What works on this machine and what does not: versions, GPU, driver, fonts, memory; and whether a model fits."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "gpustat", "matplotlib", "p
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: what was found, whether all is well, and what follows where it is not."""
+    """One thing that was checked: what was found, whether it works, and what to do where it does not."""
 
     what: str
     found: str
@@ -25,7 +25,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine; nothing is changed and nothing is downloaded.
+    """Check this machine; nothing is changed and nothing is downloaded.
 
     Example:
         >>> [finding.what for finding in examine()][:2]
@@ -69,7 +69,7 @@ def environment() -> dict[str, str]:
 
 
 def examine_model(model: str, precision: str, tokens: int, device: str = "auto") -> list[Finding]:
-    """Whether a model is on this machine, and whether it fits; nothing but a config is fetched.
+    """Whether a model is on this machine, and whether it fits; at most its config is fetched.
 
     Raises:
         GlmlabError: as ``will_it_fit``.
@@ -103,11 +103,11 @@ def _checkpoint(model: str) -> Finding:
         if folder is None or missing:
             found = "not on this machine" if folder is None else f"a half-download, without {missing[0]}"
             return Finding("checkpoint", found, False, f"Fetch it: {fetch_command(model)}")
-        return Finding("checkpoint", "on this machine")
-    try:
-        find_checkpoint(model)
-    except CheckpointError as error:
-        return Finding("checkpoint", "none that can be loaded", False, str(error))
+    else:
+        try:
+            find_checkpoint(model)
+        except CheckpointError as error:
+            return Finding("checkpoint", "none that can be loaded", False, str(error))
     return Finding("checkpoint", "on this machine")
 
 
@@ -137,34 +137,21 @@ def _gpus() -> list[Finding]:
     try:
         stats = gpustat.new_query()
     except pynvml.NVMLError as error:
-        return [
-            Finding(
-                "GPU driver",
-                f"none ({error})",
-                False,
-                "Works here: forecasts, and the embedded model on the CPU. Does not: measuring GPU memory.",
-            )
-        ]
-    findings = [Finding("GPU driver", str(stats.driver_version))]
-    findings += [
+        works = "Works here: forecasts, and the embedded model on the CPU. Does not: measuring GPU memory."
+        return [Finding("GPU driver", f"none ({error})", False, works)]
+    gpus = [
         Finding(f"GPU {gpu.index}", f"{gpu.name}, {gpu.memory_used} of {gpu.memory_total} MiB used") for gpu in stats
     ]
     if torch.cuda.is_available():
-        findings.append(Finding("CUDA", f"PyTorch was built for CUDA {torch.version.cuda}"))
+        cuda = Finding("CUDA", f"PyTorch was built for CUDA {torch.version.cuda}")
     else:
-        findings.append(
-            Finding(
-                "CUDA",
-                f"PyTorch {torch.__version__} cannot use the GPU",
-                False,
-                "Install a CUDA build of PyTorch: then models run on the GPU and its memory can be measured.",
-            )
-        )
-    return findings
+        mend = "Install a CUDA build of PyTorch: then models run on the GPU and its memory can be measured."
+        cuda = Finding("CUDA", f"PyTorch {torch.__version__} cannot use the GPU", False, mend)
+    return [Finding("GPU driver", str(stats.driver_version)), *gpus, cuda]
 
 
 def _fonts() -> Finding:
-    """The font in which figures draw Chinese: bundled, so that it is asked to draw rather than looked for."""
+    """The bundled font in which figures draw Chinese: whether matplotlib finds and reads it."""
     from matplotlib import font_manager, ft2font
 
     from glmlab.figures.style import CJK_FAMILY
@@ -173,7 +160,6 @@ def _fonts() -> Finding:
         path = font_manager.findfont(CJK_FAMILY, fallback_to_default=False)
         characters = len(ft2font.FT2Font(path).get_charmap())
     except (ValueError, OSError, RuntimeError) as error:
-        return Finding(
-            "CJK font", f"none ({error})", False, "Figures cannot draw Chinese. Install glmlab from a full checkout."
-        )
+        mend = "Figures cannot draw Chinese. Install glmlab from a full checkout."
+        return Finding("CJK font", f"none ({error})", False, mend)
     return Finding("CJK font", f"{CJK_FAMILY} (bundled), {characters:,} characters; emoji are drawn as U+1F44B")

@@ -118,8 +118,6 @@ def execute_notebooks(
     Raises:
         NotebookError: as :func:`execute_notebook`; notebooks that run at that moment come to their end.
     """
-    if jobs < 1:
-        raise NotebookError(f"{jobs} notebooks at a time run nothing. Let --jobs be at least 1.")
     run = partial(execute_notebook, parameters=parameters)
     copies = [source if out is None else out / source.name for source in sources]
     if jobs == 1:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -24,6 +24,7 @@ from typing import Any
 
 import nh3
 from bs4.builder import ParserRejectedMarkup
+from jinja2 import Environment, FileSystemLoader
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
@@ -39,7 +40,6 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 """Names of browsers that print without a window, as they are on PATH."""
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_POLICY = "default-src 'none'; img-src data:; font-src data:; style-src 'unsafe-inline'"
 _PACKAGES = ("glmlab", "torch", "transformers", "bitsandbytes", "matplotlib", "pandas", "numpy")
 _SHOWN = ["text/html", "text/markdown", "image/png", "image/jpeg", "text/plain"]  # the first that an output has
 _LONGEST_PRINT_S = 300
@@ -110,15 +110,19 @@ def report_html(folder: Path) -> str:
     if odd := [path.name for path in paths if not re.fullmatch(r"[\w.-]+", path.stem)]:
         raise ReportError(f"{odd[0]!r} cannot name a chapter: rename it with letters, digits, '_', '-' and '.' only.")
     stems = frozenset(path.stem for path in paths)
-    chapters = [_chapter(path, stems) for path in paths]
-    date = source_date() or datetime.now(UTC)
-    body = "\n".join([_title_page(date), _contents(chapters), _main(chapters), _provenance(chapters)])
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(TITLE)}</title>\n'
-        f"<style>\n{_style()}</style>\n</head>\n<body>\n{_with_code_points(body)}\n</body>\n</html>\n"
+    templates = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True)
+    code: str = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    html = templates.get_template("document.html.j2").render(
+        title=TITLE,
+        date=source_date() or datetime.now(UTC),
+        chapters=[_chapter(path, stems) for path in paths],
+        versions={name: importlib.metadata.version(name) for name in _PACKAGES} | {"Python": platform.python_version()},
+        recordings={path.stem: _facts(path) for path in sorted(data_path("recordings").glob("*.json"))},
+        font_family=CJK_FAMILY,
+        font=b64encode(register_cjk_font().read_bytes()).decode("ascii"),
+        style=(_TEMPLATES / "report.css").read_text(encoding="utf-8") + code,
     )
+    return _with_code_points(html)
 
 
 def clean(html: str, *, chapter: str, chapters: frozenset[str]) -> str:
@@ -205,13 +209,6 @@ def print_pdf(html: str, browser: str) -> bytes:
         return out.read_bytes()
 
 
-def _style() -> str:
-    font = b64encode(register_cjk_font().read_bytes()).decode("ascii")
-    face = f'@font-face {{ font-family: "{CJK_FAMILY}"; src: url("data:font/ttf;base64,{font}"); }}\n'
-    code: str = HtmlFormatter(style="friendly").get_style_defs(".highlight")
-    return face + (_TEMPLATES / "report.css").read_text(encoding="utf-8") + code + "\n"
-
-
 def _chapter(path: Path, stems: frozenset[str]) -> Chapter:
     notebook = read_notebook(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -244,41 +241,7 @@ def _chapter(path: Path, stems: frozenset[str]) -> Chapter:
     return Chapter(path.stem, title, sections, html, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
-def _title_page(date: datetime) -> str:
-    version = importlib.metadata.version("glmlab")
-    return (
-        f"<header><h1>{escape(TITLE)}</h1>\n<p>The notebooks of glmlab {escape(version)}, bound into "
-        f"one document.</p>\n<p>{date:%d %B %Y}</p></header>"
-    )
-
-
-def _contents(chapters: Sequence[Chapter]) -> str:
-    items = []
-    for chapter in chapters:
-        inner = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text in chapter.sections)
-        items.append(f'<li><a href="#{chapter.stem}">{chapter.title}</a><ul>{inner}</ul></li>')
-    return f"<nav><h1>Contents</h1><ol>{''.join(items)}</ol></nav>"
-
-
-def _main(chapters: Sequence[Chapter]) -> str:
-    parts = [f'<section id="{chapter.stem}">\n{chapter.html}\n</section>' for chapter in chapters]
-    return "<main>\n" + "\n".join(parts) + "\n</main>"
-
-
-def _provenance(chapters: Sequence[Chapter]) -> str:
-    rows = "".join(f"<tr><td>{c.stem}.ipynb</td><td><code>{c.sha256[:16]}</code></td></tr>" for c in chapters)
-    versions = {"Python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
-    bound = ", ".join(f"{name} {version}" for name, version in versions.items())
-    recordings = "".join(_recording(path) for path in sorted(data_path("recordings").glob("*.json")))
-    return (
-        "<footer><h1>Provenance</h1>\n<h2>Notebooks</h2>\n<p>Texts, numbers and figures are those that the notebooks "
-        "hold, each from one clean run. The digest is the beginning of the file's SHA-256.</p>\n"
-        f"<table><thead><tr><th>notebook</th><th>digest</th></tr></thead><tbody>{rows}</tbody></table>\n"
-        f"<p>Bound with {escape(bound)}.</p>\n<h2>Recordings</h2>\n<dl>{recordings}</dl></footer>"
-    )
-
-
-def _recording(path: Path) -> str:
+def _facts(path: Path) -> list[str]:
     """Facts of a recording in short: those that fit a line."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -290,9 +253,9 @@ def _recording(path: Path) -> str:
             "checkout."
         ) from error
     shown = ("kind", "source", "model", "precision", "device", "gpu", "driver", "os", "date")
-    told = [f"{name}: {facts[name]}" for name in shown if facts.get(name)]
-    told += [f"{name} {version}" for name, version in versions]
-    return f"<dt>{escape(path.stem)}</dt><dd>{escape('; '.join(told))}</dd>"
+    return [f"{name}: {facts[name]}" for name in shown if facts.get(name)] + [
+        f"{n} {version}" for n, version in versions
+    ]
 
 
 def _with_code_points(html: str) -> str:

@@ -214,10 +214,6 @@ class TestRunner:
         with pytest.raises(NotebookError, match="is a folder, so the executed notebook cannot go there"):
             execute_notebook(source, tmp_path, {})
 
-    def test_no_notebook_at_a_time_is_refused(self, tmp_path):
-        with pytest.raises(NotebookError, match="0 notebooks at a time run nothing. Let --jobs be at least 1"):
-            list(execute_notebooks([_notebook(tmp_path, "1")], None, {}, jobs=0))
-
 
 def test_parameter_values_are_literals_never_code():
     assert parse_parameters(["a=__import__('os').getcwd()"]) == {"a": "__import__('os').getcwd()"}
