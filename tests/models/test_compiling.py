@@ -20,7 +20,7 @@ from transformers import (
     StaticCache,
 )
 
-from glmlab import ChatSession, decode_steps, load_model
+from glmlab import ChatSession, decode_steps, encode_chat, load_model
 from glmlab.generation.decoding import DecodeError, Keep, new_cache
 from glmlab.models.checkpoints import find_config
 from glmlab.models.compiling import CompiledForward, CompileWarning, make_room
@@ -33,6 +33,12 @@ def ids(loaded, prompt=PROMPT, tokens=12):
     never_ends = GenerationConfig(eos_token_id=[], pad_token_id=0)
     steps = decode_steps(loaded, prompt, max_new_tokens=tokens, generation_config=never_ends)
     return [step.token_ids for step in steps]
+
+
+def sums(loaded, earlier):
+    """A chat that asks for sums: the model is sure of every token, on any processor."""
+    question, answer = {"role": "user", "content": "What is 7 + 8?"}, {"role": "assistant", "content": "7 + 8 = 15."}
+    return encode_chat(loaded.tokenizer, [question, answer] * 2 * earlier + [question])
 
 
 @contextlib.contextmanager
@@ -61,7 +67,8 @@ class TestCompiled:
     def test_ids_equal_eager_across_cache_lengths_and_compile_twice_at_most(self, compiled, embedded):
         ids(compiled)  # compiled anew where a test before this one has built a model of another class
         counters.clear()
-        for prompt in (PROMPT, PROMPT * 90, PROMPT * 300):  # caches of 256, 512 and 1024
+        for earlier in (0, 6, 20):  # caches of 256, 512 and 1024
+            prompt = sums(embedded, earlier)
             assert ids(compiled, prompt) == ids(embedded, prompt)
         assert counters["stats"]["unique_graphs"] <= 1  # the length as a variable; the first was compiled on loading
         assert not counters["graph_break"]
@@ -89,7 +96,7 @@ class TestCompiled:
         assert "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ
 
     def test_a_batch_with_padding(self, traced, embedded):
-        rows = [[5, 6, 7, 8], [9, 10]]
+        rows = [sums(embedded, 0), sums(embedded, 1)]
         assert ids(traced, rows, 4) == ids(embedded, rows, 4)
 
     def test_a_chat_says_the_same_over_one_static_cache(self, traced, embedded):
