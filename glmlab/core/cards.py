@@ -1,5 +1,6 @@
 """Graphics cards: memory, architecture, CUDA context and peak rates, from ``data/gpus.csv``."""
 
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -70,9 +71,16 @@ def cuda_context(card: Card | None) -> tuple[float, str]:
     return ASSUMED_CONTEXT_MIB, f"assumed, {why}: an RTX 4060's figure; name a card for its own"
 
 
+def short_name(gpu: str) -> str:
+    """A GPU's name without maker and product line, as names of files have it.
+
+    Example:
+        >>> short_name("NVIDIA GeForce RTX 4060 Laptop GPU"), short_name("NVIDIA H100 80GB HBM3")
+        ('rtx-4060-laptop', 'h100-80gb-hbm3')
+    """
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla", "gpu"))
+
+
 def _spelled(name: str) -> str:
-    """The name without maker, line and blanks: drivers write "NVIDIA GeForce RTX 4060 Laptop GPU"."""
-    plain = name.lower()
-    for word in ("nvidia", "geforce", "tesla", "gpu"):
-        plain = plain.replace(word, "")
-    return "".join(character for character in plain if character.isalnum())
+    return short_name(name).replace("-", "")

@@ -7,7 +7,6 @@ started it (``processes.py``).
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from glmlab.core.cards import short_name
 from glmlab.evidence.plan import SUFFIXES, EvidenceError, Run
 from glmlab.evidence.processes import run_child
 
@@ -54,17 +54,6 @@ def gpu_of_this_machine(child: Sequence[str] = CHILD) -> str:
             "evidence --list' shows what would run, and 'glmlab forecast' needs no GPU."
         )
     return short_name(name)
-
-
-def short_name(gpu: str) -> str:
-    """How the names of a GPU's files begin.
-
-    Example:
-        >>> short_name("NVIDIA GeForce RTX 4060 Laptop GPU"), short_name("NVIDIA H100 80GB HBM3")
-        ('rtx-4060-laptop', 'h100-80gb-hbm3')
-    """
-    words = re.findall(r"[a-z0-9]+", gpu.lower())
-    return "-".join(word for word in words if word not in ("nvidia", "geforce", "tesla", "gpu"))
 
 
 def gather(
