@@ -13,7 +13,7 @@ from typing import Literal
 from glmlab.core.curve import SIDE_FILES
 from glmlab.core.errors import GlmlabError
 from glmlab.forecast.workload import DEFAULT_PROMPT
-from glmlab.tracing.trace import Turn
+from glmlab.tracing.trace import TurnTokens
 
 Kind = Literal["recording", "snapshot", "latency"]
 
@@ -27,7 +27,7 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 LATENCY_PREFIX = "latency-"
 """How the names of timed tokens begin; they lie among the recordings and are not curves."""
 
-SNAPSHOT_TURN = Turn(DEFAULT_PROMPT, 21)
+SNAPSHOT_TURN = TurnTokens(DEFAULT_PROMPT, 21)
 """What a snapshot's history holds after loading: a prefill, which gives the first token, and 20 decode steps."""
 
 CONVERSATION = "long"

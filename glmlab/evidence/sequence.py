@@ -15,7 +15,7 @@ import pandas as pd
 from glmlab.allocator.program import ALLOCATE, FREE, FREE_FIRST
 from glmlab.evidence.plan import EvidenceError
 from glmlab.snapshots.reader import Snapshot
-from glmlab.tracing.trace import AllocationTrace, Turn
+from glmlab.tracing.trace import AllocationTrace, TurnTokens
 
 _LAYER = re.compile(r"\b(layers\.)\d+\b")
 
@@ -121,7 +121,7 @@ def recorded_rows(snapshot: Snapshot) -> dict[str, list[MemoryEvent]]:
     return rows
 
 
-def traced_rows(trace: AllocationTrace, turn: Turn) -> dict[str, list[MemoryEvent]]:
+def traced_rows(trace: AllocationTrace, turn: TurnTokens) -> dict[str, list[MemoryEvent]]:
     """Events of loading and one turn by row, as :func:`recorded_rows` names them."""
     names = ["load", *map(str, range(turn.generated)), "end"]
     program = trace.program
@@ -145,10 +145,10 @@ def traced_rows(trace: AllocationTrace, turn: Turn) -> dict[str, list[MemoryEven
     return rows
 
 
-def _turn_of(snapshot: Snapshot) -> Turn:
+def _turn_of(snapshot: Snapshot) -> TurnTokens:
     turns = snapshot.provenance.get("turns")
     try:
         ((prompt, generated),) = turns  # type: ignore[misc]
-        return Turn(int(prompt), int(generated))
+        return TurnTokens(int(prompt), int(generated))
     except (TypeError, ValueError):
         raise EvidenceError(f"the snapshot says turns {turns!r}, not one pair of tokens. Record one turn.") from None

@@ -11,7 +11,7 @@ from glmlab.allocator.program import EMPTY_CACHE
 from glmlab.core.cards import Card
 from glmlab.core.errors import GlmlabError
 from glmlab.core.units import GIB, MIB
-from glmlab.tracing.trace import FUSED_4BIT_ROWS, AllocationTrace, TraceSettings, Turn
+from glmlab.tracing.trace import FUSED_4BIT_ROWS, AllocationTrace, TraceSettings, TurnTokens
 
 WARM_UP_SPARES_BYTES = int(1.2 * GIB)
 """What transformers' caching_allocator_warmup leaves of a card (modeling_utils.py)."""
@@ -60,7 +60,7 @@ class Workload:
     cache: str = "dynamic"
     static_tokens: int = 0  # length of a static cache; 0 = the context that the turns reach
     batch: int = 1
-    turns: tuple[Turn, ...] = (Turn(DEFAULT_PROMPT, 100),)
+    turns: tuple[TurnTokens, ...] = (TurnTokens(DEFAULT_PROMPT, 100),)
     keeps: tuple[str, ...] = ()  # "logits": the caller holds those of the last step
     all_logits: bool = False  # the prefill computes logits of every token, not of the last alone
     architecture: str = ""  # of the GPU; "" = the card's, else DEFAULT_ARCHITECTURE
@@ -181,7 +181,7 @@ def beyond_limit(name: str, tokens: int, limit: int) -> str:
     )
 
 
-def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, ...]:
+def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[TurnTokens, ...]:
     """Turns of a text or of pairs; ``tokens`` instead stands for one turn that reaches this context length.
 
     Raises:
@@ -189,9 +189,9 @@ def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, .
 
     Example:
         >>> parse_turns("8:418,26:259")
-        (Turn(prompt=8, generated=418), Turn(prompt=26, generated=259))
+        (TurnTokens(prompt=8, generated=418), TurnTokens(prompt=26, generated=259))
         >>> parse_turns(None, tokens=1000)
-        (Turn(prompt=8, generated=993),)
+        (TurnTokens(prompt=8, generated=993),)
     """
     if turns is not None and tokens is not None:
         raise ForecastError("give either turns or tokens, not both: tokens stands for one turn of that context length.")
@@ -199,11 +199,11 @@ def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, .
         if tokens < 1:
             raise ForecastError(f"tokens={tokens}: a context has at least one token.")
         prompt = min(DEFAULT_PROMPT, tokens)
-        return (Turn(prompt, tokens - prompt + 1),)
+        return (TurnTokens(prompt, tokens - prompt + 1),)
     if turns is None:
-        return (Turn(DEFAULT_PROMPT, 100),)
+        return (TurnTokens(DEFAULT_PROMPT, 100),)
     if not isinstance(turns, str):
-        return tuple(Turn(int(prompt), int(generated)) for prompt, generated in turns)
+        return tuple(TurnTokens(int(prompt), int(generated)) for prompt, generated in turns)
     parsed = []
     for part in turns.split(","):
         prompt_text, colon, generated_text = part.strip().partition(":")
@@ -212,5 +212,5 @@ def parse_turns(turns: Turns | None, tokens: int | None = None) -> tuple[Turn, .
                 f"turns: {part.strip()!r} is not prompt:generated. Write tokens such as 30:500, several joined by "
                 "commas."
             )
-        parsed.append(Turn(int(prompt_text), int(generated_text)))
+        parsed.append(TurnTokens(int(prompt_text), int(generated_text)))
     return tuple(parsed)

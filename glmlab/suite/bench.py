@@ -30,7 +30,7 @@ from glmlab.models.loading import LoadedModel, load_model
 from glmlab.prompts.encoding import encode_chat
 from glmlab.suite.notebooks import execute_notebooks, find_notebooks
 from glmlab.tracing.cached import trace
-from glmlab.tracing.trace import AllocationTrace, Turn
+from glmlab.tracing.trace import AllocationTrace, TurnTokens
 
 REPLAY_STEPS = (8_192, 32_768, 131_072)
 """Decode steps of the replays in :func:`replay_table`."""
@@ -251,10 +251,10 @@ def measure_replay(trace: AllocationTrace, *, steps: Sequence[int], prompt: int 
         (50, True)
     """
     lengths = np.diff(trace.program.section_start)
-    StepReplayer(trace.program).run(trace.schedule([Turn(prompt, 4)]))
+    StepReplayer(trace.program).run(trace.schedule([TurnTokens(prompt, 4)]))
     speeds = []
     for n_steps in steps:
-        schedule = trace.schedule([Turn(prompt, n_steps)])
+        schedule = trace.schedule([TurnTokens(prompt, n_steps)])
         begin = time.process_time()
         StepReplayer(trace.program).run(schedule)
         seconds = time.process_time() - begin

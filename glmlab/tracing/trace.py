@@ -67,7 +67,7 @@ class TraceError(GlmlabError):
     """A trace that cannot be made, read, or laid out over a conversation: says why, and how to fix it."""
 
 
-class Turn(NamedTuple):
+class TurnTokens(NamedTuple):
     """One user message and its answer, in tokens: ``prompt`` tokens fed, ``generated`` tokens sampled."""
 
     prompt: int
@@ -93,13 +93,13 @@ class TraceSettings:
     one_token_prompts: bool = False  # a prompt may have a single token
 
 
-def turn_sections(turn: Turn, *, is_first: bool) -> list[str]:
+def turn_sections(turn: TurnTokens, *, is_first: bool) -> list[str]:
     """Names of a turn's sections: one for each step, then its end.
 
     Example:
-        >>> turn_sections(Turn(8, 5), is_first=True)
+        >>> turn_sections(TurnTokens(8, 5), is_first=True)
         ['first.prefill', 'first.step2', 'first.step3', 'steady', 'steady', 'first.end']
-        >>> turn_sections(Turn(1, 2), is_first=False)
+        >>> turn_sections(TurnTokens(1, 2), is_first=False)
         ['later-one.prefill', 'later-one.step2', 'later.end2']
     """
     usual = "first" if is_first else "later"
@@ -154,7 +154,7 @@ class AllocationTrace:
         >>> trace = load_recorded("chatglm3-6b-original-int4")
         >>> trace.facts.kv_bytes_per_token
         28672
-        >>> trace.schedule([Turn(8, 3)])[:, [0, 2]].tolist()  # turn and context: load, three steps, end
+        >>> trace.schedule([TurnTokens(8, 3)])[:, [0, 2]].tolist()  # turn and context: load, three steps, end
         [[0, 0], [1, 8], [1, 9], [1, 10], [1, 10]]
     """
 
@@ -181,7 +181,7 @@ class AllocationTrace:
         requested = int(self.program.bytes_at(context, turn_tokens)[size_row])
         return Request(operation, module, int(self.layer_of_event[event]), requested)
 
-    def schedule(self, turns: Sequence[Turn]) -> Int64Array:
+    def schedule(self, turns: Sequence[TurnTokens]) -> Int64Array:
         """Rows (turn, section, context, tokens of the turn): loading, then every step and end of every turn.
 
         Raises:
@@ -205,7 +205,7 @@ class AllocationTrace:
             ) from error
         return np.concatenate(rows)
 
-    def _check_turns(self, turns: Sequence[Turn]) -> None:
+    def _check_turns(self, turns: Sequence[TurnTokens]) -> None:
         if not turns:
             raise TraceError("a conversation needs at least one turn, such as 8:100 (prompt tokens:generated tokens).")
         for number, turn in enumerate(turns, start=1):

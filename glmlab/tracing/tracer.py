@@ -27,20 +27,20 @@ from glmlab.tracing.cuda_rules import EFFECTS, DeviceRules
 from glmlab.tracing.fitting import BETWEEN, build_trace
 from glmlab.tracing.meta_loading import build_random_on_meta, load_on_meta, note_owners
 from glmlab.tracing.recorder import AllocationRecorder, Row, Rule, record_allocations
-from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, Turn, turn_sections
+from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, TurnTokens, turn_sections
 
 CONVERSATIONS = (
-    (Turn(11, 6), Turn(17, 6), Turn(23, 1), Turn(13, 2), Turn(29, 1), Turn(101, 1), Turn(7, 3), Turn(53, 1)),
-    (Turn(19, 1),),
-    (Turn(307, 2),),
-    (Turn(601, 6),),
+    ((11, 6), (17, 6), (23, 1), (13, 2), (29, 1), (101, 1), (7, 3), (53, 1)),
+    ((19, 1),),
+    ((307, 2),),
+    ((601, 6),),
 )
 """Recorded conversations. Together they run every section, each at more lengths than its sizes have coefficients."""
 
 ONE_TOKEN_CONVERSATIONS = (
-    (Turn(1, 2), Turn(1, 2), Turn(31, 1), Turn(1, 2), Turn(97, 1), Turn(1, 2), Turn(1, 1)),
-    (Turn(1, 2),),
-    (Turn(1, 1),),
+    ((1, 2), (1, 2), (31, 1), (1, 2), (97, 1), (1, 2), (1, 1)),
+    ((1, 2),),
+    ((1, 1),),
 )
 """Recorded beside them where prompts of one token are asked for: such a prefill is another."""
 
@@ -160,7 +160,7 @@ class _Run:
             effects={name: f"{effect.size} ({effect.source})" for name, effect in EFFECTS.items()},
         )
 
-    def _converse(self, first_number: int, turns: Sequence[Turn]) -> None:
+    def _converse(self, first_number: int, turns: Sequence[tuple[int, int]]) -> None:
         """Answer the turns of one conversation; every step is a row, and what ends a turn another."""
         settings, recorder = self.settings, self.recorder
         tokenizer: Any = SimpleNamespace(pad_token_id=0)  # no text is read or written,
@@ -169,7 +169,7 @@ class _Run:
         keeps_logits = "logits" in settings.keeps
         cache = self._new_cache()
         cached = 0
-        for number, turn in enumerate(turns, start=first_number + 1):
+        for number, turn in enumerate(map(TurnTokens._make, turns), start=first_number + 1):
             prompt, generated = turn
             *names, end = turn_sections(turn, is_first=cached == 0)
             ids = [[0] * (cached + prompt)] * settings.batch

@@ -29,7 +29,7 @@ from glmlab.allocator.program import (
 )
 from glmlab.allocator.replay import ReadableReplayer, StepReplayer, _CompilationNote
 from glmlab.core.units import GIB, MIB
-from glmlab.tracing.trace import Turn, load_recorded
+from glmlab.tracing.trace import TurnTokens, load_recorded
 
 CHAT = [(8, 418), (26, 259), (30, 497), (30, 491), (30, 501), (30, 501), (30, 501), (30, 525)]
 NEW = (ALLOCATE, 0, 0, 0)
@@ -122,7 +122,7 @@ def test_a_conversation_equals_the_reference_replay_row_by_row(
         expected.append([allocator.reserved, allocator.allocated, small, large])
 
     reference.replay(reference.Trace(shared_data / "original-trace" / "trace.npz"), turns, on_step)
-    schedule = ORIGINAL.schedule([Turn(*turn) for turn in turns])
+    schedule = ORIGINAL.schedule([TurnTokens(*turn) for turn in turns])
     found = StepReplayer(ORIGINAL.program).run(schedule)
     columns = np.stack([found.reserved, found.allocated, found.inactive_small, found.inactive_large], axis=1)
     is_expected = ORIGINAL.is_step(schedule)
@@ -131,7 +131,7 @@ def test_a_conversation_equals_the_reference_replay_row_by_row(
 
 
 def test_the_chat_fits_a_card_or_says_where_it_does_not() -> None:
-    schedule = ORIGINAL.schedule([Turn(*turn) for turn in CHAT])
+    schedule = ORIGINAL.schedule([TurnTokens(*turn) for turn in CHAT])
     found = StepReplayer(ORIGINAL.program, capacity_bytes=5 * GIB, outside_bytes=900 * MIB).run(schedule)
     assert found.rows == 681
     assert "Tried to allocate 214.00 MiB" in str(found.out_of_memory)

@@ -15,9 +15,9 @@ from glmlab.models.loading import build_skeleton, load_config
 from glmlab.models.placement import FLOAT_PRECISIONS, predict_bytes
 from glmlab.snapshots.replay import Snapshot, read_snapshot, replay_snapshot
 from glmlab.snapshots.stripping import save_stripped, strip
-from glmlab.tracing.trace import AllocationTrace, Turn
+from glmlab.tracing.trace import AllocationTrace, TurnTokens
 
-TURN = Turn(8, 21)
+TURN = TurnTokens(8, 21)
 
 
 def traced(**fields: Any) -> AllocationTrace:

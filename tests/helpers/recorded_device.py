@@ -9,7 +9,7 @@ from glmlab.allocator.caching import CachingAllocator
 from glmlab.allocator.config import DEFAULT_POOL, AllocatorSettings, OutOfMemory
 from glmlab.allocator.replay import ReadableReplayer
 from glmlab.core.units import MIB
-from glmlab.tracing.trace import AllocationTrace, Turn
+from glmlab.tracing.trace import AllocationTrace, TurnTokens
 
 
 class RecordedDevice(CachingAllocator):
@@ -113,7 +113,7 @@ class RecordedDevice(CachingAllocator):
         return made
 
 
-def traced_snapshot(trace: AllocationTrace, turn: Turn, scratch_bytes: int = 0) -> dict[str, Any]:
+def traced_snapshot(trace: AllocationTrace, turn: TurnTokens, scratch_bytes: int = 0) -> dict[str, Any]:
     """The snapshot that a GPU would give of loading and one turn, if the trace told all but scratch in each row."""
     device = RecordedDevice()
     run = ReadableReplayer(trace.program, device)

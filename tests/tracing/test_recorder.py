@@ -11,7 +11,7 @@ from glmlab.models.module_paths import follow_modules
 from glmlab.tracing.cuda_rules import EFFECTS, NOT_MODELLED, DeviceRules
 from glmlab.tracing.fitting import BETWEEN, build_trace
 from glmlab.tracing.recorder import META, AllocationRecorder, record_allocations
-from glmlab.tracing.trace import TraceError, TraceFacts, TraceSettings, Turn, allocations, turn_sections
+from glmlab.tracing.trace import TraceError, TraceFacts, TraceSettings, TurnTokens, allocations, turn_sections
 
 FACTS = TraceFacts(model="made up", precision="fp16", kv_bytes_per_token=0, context_limit=0)
 
@@ -76,7 +76,7 @@ def recorded(sizes: list[list[int]]) -> AllocationRecorder:
     recorder.begin("load")
     recorder.allocate(1000, "weights")
     for number, of_turn in enumerate(sizes, start=1):
-        *names, end = turn_sections(Turn(10, len(of_turn)), is_first=True)
+        *names, end = turn_sections(TurnTokens(10, len(of_turn)), is_first=True)
         for i, (name, n_bytes) in enumerate(zip(names, of_turn, strict=True)):
             recorder.begin(name, number, 100 * number + i, 10 + i).is_step = True
             recorder.free(recorder.allocate(n_bytes, "aten.cat.default"))
@@ -92,7 +92,7 @@ def test_affine_sizes_are_found_exactly() -> None:
     made = build_trace(recorded(AFFINE), FACTS)
     event = int(allocations(made.program, "steady")[0])
     assert made.request(event, 123_456, 9).requested_bytes == 512 * 123_456 + 64
-    assert made.schedule([Turn(8, 5)])[-2].tolist() == [1, made.program.section("steady"), 12, 12]
+    assert made.schedule([TurnTokens(8, 5)])[-2].tolist() == [1, made.program.section("steady"), 12, 12]
 
 
 def test_sizes_that_stop_being_affine_are_refused() -> None:

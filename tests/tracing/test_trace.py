@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from glmlab.core.units import MIB
-from glmlab.tracing.trace import MOST_BYTES, TraceError, Turn, load_recorded, read_trace
+from glmlab.tracing.trace import MOST_BYTES, TraceError, TurnTokens, load_recorded, read_trace
 
 TRACE = "chatglm3-6b-original-int4"
 
@@ -71,7 +71,7 @@ def test_hand_edited_traces_are_refused(tmp_path: Path, edit: dict[str, Any], me
         arrays["document"] = np.array(json.dumps(document))
     np.savez(path, **arrays)
     with pytest.raises(TraceError, match=message):
-        read_trace(path).schedule([Turn(8, 3)])
+        read_trace(path).schedule([TurnTokens(8, 3)])
 
 
 def test_a_trace_that_unpacks_to_gigabytes_is_refused_before_it_is_read(tmp_path: Path) -> None:

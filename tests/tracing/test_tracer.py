@@ -21,7 +21,7 @@ from glmlab.models.checkpoints import find_config, read_config_json
 from glmlab.tracing import cached, tracer
 from glmlab.tracing.cached import trace
 from glmlab.tracing.cuda_rules import CUBLAS_WORKSPACE_BYTES, CUBLAS_WORKSPACE_BYTES_HOPPER
-from glmlab.tracing.trace import OWNERS, AllocationTrace, TraceError, TraceSettings, Turn, allocations
+from glmlab.tracing.trace import OWNERS, AllocationTrace, TraceError, TraceSettings, TurnTokens, allocations
 from glmlab.tracing.tracer import LONGEST
 
 LAYERS = 2
@@ -217,9 +217,9 @@ def test_a_static_cache_is_as_long_as_the_card_allows() -> None:
 def test_a_sliding_window_bounds_the_context() -> None:
     made = trace(settings(MISTRAL))
     assert made.facts.longest_context == 4095
-    assert made.schedule([Turn(4000, 96)])[-1, 2] == 4095
+    assert made.schedule([TurnTokens(4000, 96)])[-1, 2] == 4095
     with pytest.raises(TraceError, match="reach 4,096 tokens, but .* has a sliding window.*Ask for 4,095 tokens"):
-        made.schedule([Turn(4000, 97)])
+        made.schedule([TurnTokens(4000, 97)])
     capacity = forecast(MISTRAL).largest_context("RTX 4060")
     assert (capacity.context_tokens, capacity.limited_by) == (4095, "model")
     assert "beyond 4,095 tokens the model's sliding window drops some" in capacity.message
@@ -229,7 +229,7 @@ def test_a_sliding_window_bounds_the_context() -> None:
 def test_the_order_of_events_changes_where_the_window_is_full(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     window = LONGEST + 40
     of_window = replace(settings(MISTRAL, attention=attention), config=shallow(MISTRAL, sliding_window=window))
-    until, beyond = ((*tracer.CONVERSATIONS, (Turn(LONGEST, n),)) for n in (40, 41))
+    until, beyond = ((*tracer.CONVERSATIONS, (TurnTokens(LONGEST, n),)) for n in (40, 41))
     monkeypatch.setattr(tracer, "CONVERSATIONS", until)
     assert trace(of_window, refresh=True).facts.longest_context == window - 1
     monkeypatch.setattr(tracer, "CONVERSATIONS", beyond)
@@ -247,12 +247,14 @@ def test_a_window_that_is_switched_off_bounds_nothing() -> None:
 def test_prompts_of_one_token_have_a_prefill_of_their_own() -> None:
     usual = trace(settings())
     with pytest.raises(TraceError, match="turn 2 is 1:5, but this trace holds for prompts of at least 2 tokens there"):
-        usual.schedule([Turn(8, 5), Turn(1, 5)])
+        usual.schedule([TurnTokens(8, 5), TurnTokens(1, 5)])
     made = trace(settings(one_token_prompts=True))
     n_usual = len(usual.program.section_names)
     assert made.program.section_names[:n_usual] == usual.program.section_names
     assert np.array_equal(made.program.events[: len(usual.program.events)], usual.program.events)
-    names = [made.program.section_names[section] for section in made.schedule([Turn(1, 1), Turn(1, 4)])[:, 1]]
+    names = [
+        made.program.section_names[section] for section in made.schedule([TurnTokens(1, 1), TurnTokens(1, 4)])[:, 1]
+    ]
     assert names == [
         *("load", "first-one.prefill", "first-one.end1"),
         *("later-one.prefill", "later-one.step2", "later.step3", "steady", "later.end"),
