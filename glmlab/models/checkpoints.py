@@ -48,12 +48,9 @@ def find_checkpoint(name: str) -> Path:
         folder = data_path("tiny-chatglm3")
     elif (path := _local_path(name)).is_dir():
         folder = path
-        command, ended = fetched_with(folder)
-        if not ended:
-            raise CheckpointError(f"{folder} is a half-download: its fetch did not end. Complete it with: {command}")
+        command = fetched_with(folder)
     elif is_hub_id(name):
-        cached, missing = find_cached(name)
-        folder = cached if cached and not missing else fetch(name).folder
+        folder = find_cached(name) or fetch(name).folder
         command = fetch_command(name)
     else:
         raise CheckpointError(

@@ -3,26 +3,23 @@
 Connections, tokens, endpoints, caches and resuming are the work of the hubs' own clients (huggingface_hub,
 modelscope-hub). Here the files are chosen (config, tokenizer, safetensors; never pickles; the model's own code only
 where it is asked for, to be read) and compared with the hub's listing (size, and sha256 where the hub gives one), and
-the clients' errors become one that says what to do.
-
-A folder that the user chose gets a record of its fetch, so that a half-download is known as one.
+the clients' errors become one that says what to do. Weights come last, so that a copy with whole weights is whole.
 """
 
 import hashlib
-import json
+import re
 import shlex
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 from typing import Any
 
 from glmlab.core.errors import GlmlabError
-from glmlab.core.files import write_atomically
 from glmlab.core.units import format_bytes
 
 NEEDED = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken", "vocab.txt", "merges.txt", "*.jinja")
@@ -34,8 +31,8 @@ NOT_NEEDED = ("*/*", "*\\*", "*:*", ".*", "consolidated*.safetensors")
 SOURCE = ("modeling_*.py", "configuration_*.py", "tokenization_*.py")
 """The model's own code: for class diagrams, read by :mod:`glmlab.structure.source` and never executed."""
 
-RECORD = ".glmlab-fetch.json"
-"""File that says what a folder was fetched from, and whether the fetch ended."""
+RECORD = ".glmlab-fetch"
+"""File that says by which command a folder was fetched."""
 
 _LARGEST_TEXT_BYTES = 256 * 2**20  # far above the largest tokenizer or index published
 
@@ -86,21 +83,21 @@ class FetchReport:
     """What a fetch brought and checked; its str is what ``glmlab fetch`` prints."""
 
     model: str
-    revision: str | None
-    """None where the hub was not asked: then nothing was compared with its listing."""
     folder: Path
     files: tuple[HubFile, ...]
+    """All files that loading needs; empty where the hub was out of reach, and the whole copy here is used."""
     fetched: frozenset[str]
     """Names of the files that were not there before."""
     seconds: float
 
     def __str__(self) -> str:
+        if not self.files:
+            return f"{self.model}: the hub cannot be reached, nothing checked\nin {self.folder}"
         fetched_bytes = sum(file.size_bytes for file in self.files if file.name in self.fetched)
         hashes = sum(file.sha256 is not None for file in self.files)
-        checked = "nothing checked" if self.revision is None else f"all sizes and {hashes} hashes checked"
         return (
-            f"{self.model} ({(self.revision or 'as cached')[:12]}): {len(self.fetched)} of {len(self.files)} files "
-            f"fetched, {format_bytes(fetched_bytes)} in {self.seconds:.1f} s, {checked}\nin {self.folder}"
+            f"{self.model}: {len(self.fetched)} of {len(self.files)} files fetched, {format_bytes(fetched_bytes)} in "
+            f"{self.seconds:.1f} s, all sizes and {hashes} hashes checked\nin {self.folder}"
         )
 
 
@@ -209,57 +206,57 @@ def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> Fet
     if hub not in _HUBS:
         raise CheckpointError(f"hub {hub!r} is not known. Use one of {', '.join(_HUBS)}.")
     client = _HUBS[hub]()
-    claim = _Record(model, hub, with_source)
+    command = fetch_command(model, hub, to, with_source)
     try:
         with _explained(client, model):
             revision, listed = client.listing(model)
     except _UnreachableError as error:
-        folder = _copy_here(claim, to, error)
-        names = sorted(path.name for path in folder.iterdir() if _is_wanted(path.name, NEEDED))
-        here = tuple(HubFile(name, (folder / name).stat().st_size) for name in names)
-        return FetchReport(model, None, folder, here, frozenset(), time.perf_counter() - started)
+        if to is not None:
+            here = to if fetched_with(to) else None
+        else:
+            here = find_cached(model) if hub == "huggingface" else None
+        if here is None:
+            raise CheckpointError(
+                f"{model} is not on this machine, or only in part, and {error} Once the hub answers, fetch it with: "
+                f"{command}; a model of data/configs can be built with weights='random'."
+            ) from error
+        return FetchReport(model, here, (), frozenset(), time.perf_counter() - started)
     wanted = choose_files(model, listed, with_source=with_source)
     folder = to or client.folder(model, revision)
     if to is not None:
-        _claim(to, claim, wanted)
+        _claim(to, fetch_command(model, hub), {file.name for file in wanted})
     missing = [file for file in wanted if _remove_damaged(folder / file.name, file)]
     _refuse_full_disk(model, folder, sum(file.size_bytes for file in missing))
-    if missing:
-        try:
-            with _explained(client, model):
-                client.download(model, revision, missing, to)
-        except _UnreachableError as error:
-            raise CheckpointError(
-                f"{model} came only in part: {error} Complete it with: {claim.command(to)}"
-            ) from error
-    for file in missing:
-        if damage := _remove_damaged(folder / file.name, file):
-            raise CheckpointError(
-                f"{file.name} of {model} {damage}. Fetch again; if that repeats, the hub or a proxy on the way serves "
-                "wrong data: use another endpoint."
-            )
-    if to is not None:
-        _write_record(to, replace(claim, complete=True))
+    weights = [file for file in missing if file.name.endswith(".safetensors")]
+    for files in ([file for file in missing if file not in weights], weights):
+        if files:
+            try:
+                with _explained(client, model):
+                    client.download(model, revision, files, to)
+            except _UnreachableError as error:
+                raise CheckpointError(f"{model} came only in part: {error} Complete it with: {command}") from error
+        for file in files:
+            if damage := _remove_damaged(folder / file.name, file):
+                raise CheckpointError(
+                    f"{file.name} of {model} {damage}. Fetch again; if that repeats, the hub or a proxy on the way "
+                    "serves wrong data: use another endpoint."
+                )
     fetched = frozenset(file.name for file in missing)
-    return FetchReport(model, revision, folder, tuple(wanted), fetched, time.perf_counter() - started)
+    return FetchReport(model, folder, tuple(wanted), fetched, time.perf_counter() - started)
 
 
-def find_cached(model: str) -> tuple[Path | None, list[str]]:
-    """Return the folder of a model in Hugging Face's cache (None: nothing is there), and the files that it lacks."""
-    from huggingface_hub import get_cached_repo_tree, snapshot_download
-    from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
+def find_cached(model: str) -> Path | None:
+    """Return the folder of a model in Hugging Face's cache; None where it is not there, or only in part."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     wanted, unwanted = list(NEEDED), list(NOT_NEEDED)
     with _explained(_HuggingFace(), model):
         try:
             found = snapshot_download(model, local_files_only=True, allow_patterns=wanted, ignore_patterns=unwanted)
-            return Path(found), []
-        except IncompleteSnapshotError as error:
-            folder = Path(error.snapshot_path)
-            names = [file.path for file in get_cached_repo_tree(model) if _is_wanted(file.path, NEEDED)]
-            return folder, [name for name in names if not (folder / name).is_file()]
-        except LocalEntryNotFoundError:
-            return None, []
+        except LocalEntryNotFoundError:  # also of a half-download
+            return None
+    return Path(found)
 
 
 def locate_config(model: str) -> Path:
@@ -319,30 +316,6 @@ def _is_wanted(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, p) for p in NOT_NEEDED)
 
 
-def _copy_here(claim: "_Record", to: Path | None, error: _UnreachableError) -> Path:
-    """Return the whole copy that is here while the hub does not answer, or say what is missing."""
-    if to is not None:
-        record = _read_record(to)
-        is_ours = record is not None and (record.model, record.hub) == (claim.model, claim.hub)
-        folder, missing = (
-            to if is_ours else None,
-            [] if record is None or record.complete else ["some files"],
-        )
-    else:
-        folder, missing = find_cached(claim.model) if claim.hub == "huggingface" else (None, [])
-    if folder is None:
-        raise CheckpointError(
-            f"{claim.model} is not on this machine and {error} A model of data/configs can be built with "
-            "weights='random'."
-        ) from error
-    if missing:
-        raise CheckpointError(
-            f"{claim.model} is a half-download ({', '.join(missing[:3])} missing), and {error} Once the hub answers, "
-            f"complete it with: {claim.command(to)}"
-        ) from error
-    return folder
-
-
 def _remove_damaged(path: Path, file: HubFile) -> str:
     """Remove a file that differs from what the hub lists, and say how; "" where it does not."""
     if not path.is_file():
@@ -375,63 +348,36 @@ def _refuse_full_disk(model: str, folder: Path, need_bytes: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Record:
-    """What stands in :data:`RECORD`."""
-
-    model: str
-    hub: str
-    with_source: bool
-    complete: bool = False
-
-    def command(self, folder: Path | None) -> str:
-        return fetch_command(self.model, self.hub, folder, self.with_source)
-
-
-def fetched_with(folder: Path) -> tuple[str, bool]:
-    """Return the command that fetched a folder ("" where none is recorded), and whether the fetch ended."""
-    record = _read_record(folder)
-    return ("", True) if record is None else (record.command(folder), record.complete)
+def fetched_with(folder: Path) -> str:
+    """Return the command that fetched a folder, and completes it; "" where none is recorded."""
+    path = folder / RECORD
+    if not path.is_file():
+        return ""
+    command = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"glmlab fetch [\w./-]+( --from modelscope)?", command, re.ASCII):
+        raise CheckpointError(
+            f"{path} cannot be read. Remove that file if the folder is whole, or fetch into a new folder."
+        )
+    return f"{command} --to {shlex.quote(str(folder))}"
 
 
-def _claim(to: Path, claim: _Record, wanted: Sequence[HubFile]) -> None:
+def _claim(to: Path, command: str, names: set[str]) -> None:
     """Make a folder this model's, unless something else or weights of another version are in it."""
-    record = _read_record(to)
-    if record is None and to.exists() and (not to.is_dir() or any(to.iterdir())):
+    record = fetched_with(to)
+    if not record and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(
             f"{to} is {'not empty and was not fetched by glmlab' if to.is_dir() else 'a file'}. Choose a new folder."
         )
-    if record and (record.model, record.hub) != (claim.model, claim.hub):
-        raise CheckpointError(f"{to} holds {record.model} from {record.hub}. Choose another folder for {claim.model}.")
+    if record and not record.startswith(f"{command} --to "):
+        raise CheckpointError(f"{to} was fetched with '{record}'. Choose another folder.")
     try:
         to.mkdir(parents=True, exist_ok=True)
-        _write_record(to, claim)
+        (to / RECORD).write_text(f"{command}\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written ({error.strerror}). Choose another folder.") from error
-    listed = {file.name for file in wanted}
     weights = [*to.glob("*.safetensors"), *to.glob("*.safetensors.index.json")]
-    if old := sorted(path.name for path in weights if path.name not in listed):
+    if old := sorted(path.name for path in weights if path.name not in names):
         raise CheckpointError(  # an old index would be read in place of the new weights
-            f"{to} holds {old[0]}, which the hub does not list for {claim.model} any more. Remove it, or choose a new "
+            f"{to} holds {old[0]}, which the hub does not list for this model any more. Remove it, or choose a new "
             "folder."
         )
-
-
-def _read_record(folder: Path) -> _Record | None:
-    """The record of a folder; None where there is none."""
-    path = folder / RECORD
-    if not path.is_file():
-        return None
-    try:
-        record = _Record(**json.loads(path.read_text(encoding="utf-8")))
-        if not isinstance(record.model, str) or record.hub not in _HUBS:
-            raise ValueError("unknown hub")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Remove that file if the folder is whole, or fetch into a new folder."
-        ) from error
-    return record
-
-
-def _write_record(folder: Path, record: _Record) -> None:
-    write_atomically(folder / RECORD, json.dumps(asdict(record), indent=2) + "\n")

@@ -99,9 +99,8 @@ def _checkpoint(model: str) -> Finding:
     from glmlab.models.hub import CheckpointError, fetch_command, find_cached
 
     if is_hub_id(model) and not Path(model).is_dir():
-        folder, missing = find_cached(model)
-        if folder is None or missing:
-            found = "not on this machine" if folder is None else f"a half-download, without {missing[0]}"
+        if find_cached(model) is None:
+            found = "not on this machine, or only in part"
             return Finding("checkpoint", found, False, f"Fetch it: {fetch_command(model)}")
     else:
         try:

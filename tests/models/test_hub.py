@@ -81,14 +81,13 @@ class TestCommand:
         assert report.endswith(f"in {_snapshot(tmp_path / 'hub')}\nuse it with: --model {MODEL}\n")
         hub.paths.clear()
         again = self._run(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1").stdout
-        assert "0 of 6 files fetched" in again
-        assert "nothing checked" in again
+        assert f"{MODEL}: the hub cannot be reached, nothing checked\nin {_snapshot(tmp_path / 'hub')}" in again
         assert hub.paths == []
 
     def test_an_error_is_one_line(self, tmp_path):
         done = self._run(HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
         assert done.returncode == 2
-        assert done.stderr.startswith(f"glmlab: {MODEL} is not on this machine and the hub cannot be reached (Connect")
+        assert done.stderr.startswith(f"glmlab: {MODEL} is not on this machine, or only in part, and the hub cannot")
         assert done.stderr.count("\n") == 1
 
     def test_an_endpoint_that_is_no_address_is_said(self, monkeypatch, capsys):
@@ -166,7 +165,7 @@ class TestResume:
         monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_RETRY_TIMES", 0)
         hub.cut_after_bytes[SHARDS[0]] = cut = len(hub.files[SHARDS[0]]) // 2
         with pytest.raises(
-            CheckpointError, match=rf"{MODEL} came only in part \(.* 1 of 6 .*{SHARDS[0]}.* Fetch again"
+            CheckpointError, match=rf"{MODEL} came only in part \(.* 1 of 2 .*{SHARDS[0]}.* Fetch again"
         ):
             fetch(MODEL, hub="modelscope", to=here / "to")
         fetch(MODEL, hub="modelscope", to=here / "to")
@@ -181,7 +180,7 @@ class TestResume:
             fetch(MODEL, hub=source, to=here / "to")
         chosen = "" if source == "huggingface" else " --from modelscope"
         command = f"glmlab fetch {MODEL}{chosen} --to {here / 'to'}"
-        with pytest.raises(CheckpointError, match=rf"is a half-download: its fetch .* Complete it with: {command}$"):
+        with pytest.raises(CheckpointError, match=rf"is incomplete: .*{SHARDS[1]}.* This does: {command}$"):
             load_model(str(here / "to"))
         hub.status.clear()
         assert SHARDS[1] in fetch(MODEL, hub=source, to=here / "to").fetched
@@ -195,7 +194,7 @@ class TestResume:
             fetch(MODEL)
         with monkeypatch.context() as patched:
             patched.setattr(constants, "HF_HUB_OFFLINE", True)
-            named = rf"{MODEL} is a half-download \({SHARDS[1]} missing\).*complete it with: glmlab fetch {MODEL}$"
+            named = rf"{MODEL} is not on this machine, or only in part, and .* fetch it with: glmlab fetch {MODEL};"
             with pytest.raises(CheckpointError, match=named):
                 load_model(MODEL)
         hub.status.clear()
@@ -303,7 +302,7 @@ class TestRefusals:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)  # else it waits 7 s
         message = (
-            rf"{MODEL} is not on this machine and the hub cannot be reached \(.*Check the network and {settings}, or"
+            rf"{MODEL} is not on this machine, .*and the hub cannot be reached \(.*Check the network and {settings}, or"
         )
         with pytest.raises(CheckpointError, match=message):
             fetch(MODEL, hub=source)
@@ -317,10 +316,9 @@ class TestRefusals:
 class TestFolder:
     def test_another_models_folder_is_left_alone(self, here):
         fetch(MODEL, to=here / "to")
-        record = json.loads((here / "to" / RECORD).read_text())
-        (here / "to" / RECORD).write_text(json.dumps({**record, "model": "some/other"}))
+        (here / "to" / RECORD).write_text("glmlab fetch some/other\n")
         before = _names(here / "to")
-        with pytest.raises(CheckpointError, match="holds some/other from huggingface. Choose another folder for"):
+        with pytest.raises(CheckpointError, match="fetched with 'glmlab fetch some/other --to .*Choose another folder"):
             fetch(MODEL, to=here / "to")
         assert _names(here / "to") == before
 
@@ -342,30 +340,26 @@ class TestFolder:
         with pytest.raises(CheckpointError, match=r"cannot be written \(.*\) while fetching .* with --to"):
             fetch(MODEL)
 
-    @pytest.mark.parametrize("text", ["{", "[]", '{"model": 3}', "[" * 100_000])
+    @pytest.mark.parametrize("text", ["", "rm -rf /", "glmlab fetch a/b; rm", "\x1b[2Jglmlab fetch a/b"])
     def test_a_broken_record_is_said(self, sharded, tmp_path, text):
         shutil.copytree(sharded, tmp_path / "to")
         (tmp_path / "to" / RECORD).write_text(text)
-        with pytest.raises(CheckpointError, match=rf"{RECORD} cannot be read .* Remove that file if the folder is"):
+        with pytest.raises(CheckpointError, match=rf"{RECORD} cannot be read. Remove that file if the folder is"):
             find_checkpoint(str(tmp_path / "to"))
 
     def test_weights_that_the_hub_does_not_list_any_more_are_named(self, hub, here):
         fetch(MODEL, to=here / "to")
         del hub.files[INDEX]
-        with pytest.raises(CheckpointError, match=f"holds {INDEX}, which the hub does not list for {MODEL} any more"):
+        with pytest.raises(CheckpointError, match=f"holds {INDEX}, which the hub does not list for this model any"):
             fetch(MODEL, to=here / "to")
 
-    def test_offline_a_whole_folder_is_reported_and_a_half_one_named(self, here, monkeypatch):
+    def test_offline_a_folder_that_was_fetched_is_checked(self, here, monkeypatch):
         fetch(MODEL, to=here / "to")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         report = fetch(MODEL, to=here / "to")
-        assert (report.revision, report.fetched) == (None, set())
+        assert (report.folder, report.files) == (here / "to", ())
         (here / "to" / SHARDS[1]).unlink()
         with pytest.raises(CheckpointError, match=f"is incomplete: the index names {SHARDS[1]}, which is not there"):
             fetch(MODEL, to=here / "to")
-        record = json.loads((here / "to" / RECORD).read_text())
-        (here / "to" / RECORD).write_text(json.dumps({**record, "complete": False}))
-        with pytest.raises(CheckpointError, match=r"half-download \(some files missing\).*complete it with: glmlab"):
-            fetch(MODEL, to=here / "to")
-        with pytest.raises(CheckpointError, match="is not on this machine and the hub cannot be reached"):
+        with pytest.raises(CheckpointError, match="is not on this machine, .*and the hub cannot be reached"):
             fetch(MODEL, to=here / "elsewhere")
