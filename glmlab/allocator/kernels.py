@@ -36,7 +36,7 @@ RESERVED, ALLOCATED, PEAK, PEAK_SMALL, ALLOCATED_SMALL, RESERVED_SMALL = range(0
 TOP, LOWEST, SEGMENTS_MADE, RECORDS_USED, SPACE_SMALL, SPACE_LARGE = range(48, 96, 8)
 CAPACITY, SEED, EXPANDABLE, MAX_SPLIT, NON_SPLIT_ROUNDING, LARGE_SEGMENT = range(96, 144, 8)
 ROW, EVENT, GROWTHS, GROWTH_CAPACITY, RECORD_CAPACITY, FAILED_SIZE, TURN, ROWS_BEFORE = range(144, 208, 8)
-COUNTERS = 26
+LANE_SLOTS, COUNTERS = 208, 30  # slots filled in each of the first four lanes
 NO_SEED, NO_LIMIT = -1, 1 << 40
 
 SMALL_LIMIT, SMALL_SEGMENT, LARGE_LIMIT = 2048, 4096, 20480  # units: 1 MiB, 2 MiB, 10 MiB
@@ -46,10 +46,12 @@ EXPANDABLE_SPACE = 1 << 30
 EXACT, SIMILAR_SMALL, SIMILAR_LARGE = range(3)
 GROUP_LISTS, GROUP_WORDS, SUMMARY = 4096, 65, 64
 
-LANES = 4  # rows whose slots are remembered
-# An event as one int32: below 0 an allocation (size row and owner), else where the block to free is found.
-CODE_AGE_SHIFT, CODE_SLOT_MASK = 20, (1 << 20) - 1
-CODE_FIRST, CODE_CARRIED, CODE_EMPTY_CACHE = (mode << CODE_AGE_SHIFT for mode in (4, 5, 6))
+# Blocks that later events may free, in lanes of slots: the last four rows, the first row of the turn, what the previous
+# turn carried over, and what this turn carries over if it ends now.
+RECENT, FIRST, CARRIED, NEXT_CARRIED, LANES = 4, 4, 5, 6, 7
+# An event as one int32: below 0 an allocation (row of ``sizes`` and owner), else lane and slot of the block to free,
+# where the lanes of recent rows count backwards; or EMPTY_CACHE in place of the lane.
+LANE_SHIFT, SLOT_MASK, EMPTY_CACHE = 20, (1 << 20) - 1, 7
 DONE, NEEDS_ROOM, OUT_OF_MEMORY, BAD_FREE = range(4)
 
 
@@ -64,7 +66,8 @@ class Memory(NamedTuple):
     growth: int  # int64 (row, event, units, pool) for each segment or mapped range
     codes: int  # int32 for each event of the program
     units: int  # int64: rounded size of each row of ``sizes``
-    ring: int  # int32: blocks of the last LANES rows, by lane and slot
+    lanes: int  # int32: blocks, by lane and slot
+    owners: int  # int64: units allocated by each owner
 
 
 class Tables(NamedTuple):
@@ -76,16 +79,7 @@ class Tables(NamedTuple):
     divisions: Any  # (16,) of roundup_power2_divisions
     carried_start: Any  # (sections + 1,) where the section's slots stand in carried_slots
     carried_slots: Any
-
-
-class Kept(NamedTuple):
-    """What later rows may free, as int64 arrays of blocks, and the bytes of each owner."""
-
-    first: Any  # (slots,) of the turn's first row
-    carried: Any  # by the previous turn
-    next_carried: Any  # by this turn, if it ended now
-    lane_slots: Any  # (LANES,) slots filled in each lane of the ring
-    owners: Any  # (owners,) units allocated
+    lane_size: Any  # (1,)
 
 
 def _compiled(function: F) -> F:
@@ -671,25 +665,30 @@ def _has_room(counters: int, slots: int) -> bool:
 
 
 @_compiled
-def _begin_turn(kept: Kept) -> None:
+def _begin_turn(lanes: int, size: int) -> None:
     """Take over what the last turn carries, and forget its first row."""
-    kept.carried[:] = kept.next_carried
-    kept.next_carried[:] = NONE
-    kept.first[:] = NONE
+    for slot in range(size):
+        place = (NEXT_CARRIED * size + slot) * 4
+        _set32(lanes, (CARRIED * size + slot) * 4, _get32(lanes, place))
+        _set32(lanes, place, NONE)
+        _set32(lanes, (FIRST * size + slot) * 4, NONE)
 
 
 @_compiled
-def _end_row(memory: Memory, tables: Tables, kept: Kept, section: int, lane_number: int, slots: int) -> None:
+def _end_row(memory: Memory, tables: Tables, section: int, lane: int, slots: int) -> None:
     """Forget what an older row left in the lane, and remember what the turn carries over if it ends here."""
-    lane = memory.ring + lane_number * len(kept.first) * 4
-    for slot in range(slots, kept.lane_slots[lane_number]):
-        _set32(lane, slot * 4, NONE)
-    kept.lane_slots[lane_number] = slots
+    lanes, size = memory.lanes, tables.lane_size[0]
+    filled = LANE_SLOTS + lane * 8
+    for slot in range(slots, _get64(memory.counters, filled)):
+        _set32(lanes, (lane * size + slot) * 4, NONE)
+    _set64(memory.counters, filled, slots)
     carried = tables.carried_slots[tables.carried_start[section] : tables.carried_start[section + 1]]
     if len(carried):
-        kept.next_carried[:] = NONE
+        for slot in range(size):
+            _set32(lanes, (NEXT_CARRIED * size + slot) * 4, NONE)
         for i in range(len(carried)):
-            kept.next_carried[i] = _get32(lane, carried[i] * 4)
+            block = _get32(lanes, (lane * size + carried[i]) * 4)
+            _set32(lanes, (NEXT_CARRIED * size + i) * 4, block)
 
 
 @_compiled
@@ -706,16 +705,18 @@ def _report(counters: int, out: Any) -> None:
 
 
 @_entry
-def replay_rows(
-    memory: Memory, tables: Tables, kept: Kept, schedule: Any, begin_row: int, out: Any, out_owners: Any
+def run_schedule(
+    pointers: tuple[int, ...], arrays: tuple[Any, ...], schedule: Any, begin_row: int, out: Any, out_owners: Any
 ) -> tuple[int, int]:
     """Replay rows of a schedule from ``begin_row`` on; returns the row where it stopped and why (DONE ...).
 
-    The results, in units: ``out`` (rows, 7) and ``out_owners`` (rows, owners).
+    ``pointers`` and ``arrays`` are the fields of Memory and Tables: plain tuples, because numba's cache of an older
+    version cannot be read where it names a class that is gone. The results, in units: ``out`` (rows, 7) and
+    ``out_owners`` (rows, owners).
     """
-    records, counters, ring = memory.records, memory.counters, memory.ring
-    first, carried, owners = kept.first, kept.carried, kept.owners
-    lane_size = len(first)
+    memory, tables = Memory(*pointers), Tables(*arrays)
+    records, counters, lanes, owners = memory.records, memory.counters, memory.lanes, memory.owners
+    lane_size = tables.lane_size[0]
     rows_before = _get64(counters, ROWS_BEFORE)
     for row in range(begin_row, len(schedule)):
         turn, section, context, tokens = schedule[row, 0], schedule[row, 1], schedule[row, 2], schedule[row, 3]
@@ -724,13 +725,13 @@ def replay_rows(
         is_first = turn != _get64(counters, TURN)
         if is_first:
             _set64(counters, TURN, turn)
-            _begin_turn(kept)
+            _begin_turn(lanes, lane_size)
         _compute_sizes(memory.units, tables, context, tokens)
         _set64(counters, ROW, row)
         _set64(counters, PEAK, _get64(counters, ALLOCATED))
         _set64(counters, PEAK_SMALL, _get64(counters, ALLOCATED_SMALL))
         number = rows_before + row
-        lane = (number & (LANES - 1)) * lane_size
+        own_lane = number & (RECENT - 1)
         slot = 0
         for event in range(tables.section_start[section], tables.section_start[section + 1]):
             code = _get32(memory.codes, event * 4)
@@ -742,35 +743,29 @@ def replay_rows(
                 if block < 0:
                     _set64(counters, FAILED_SIZE, size)
                     return row, OUT_OF_MEMORY
-                _set32(ring, (lane + slot) * 4, block)
+                _set32(lanes, (own_lane * lane_size + slot) * 4, block)
                 if is_first:
-                    first[slot] = block
+                    _set32(lanes, (FIRST * lane_size + slot) * 4, block)
                 slot += 1
-                owners[owner] += _get32(records, block + SIZE)
+                _add64(owners, owner * 8, _get32(records, block + SIZE))
                 continue
-            which = code & CODE_SLOT_MASK
-            if code < CODE_FIRST:
-                place = ((number - (code >> CODE_AGE_SHIFT)) & (LANES - 1)) * lane_size + which
-                block = _get32(ring, place * 4)
-                _set32(ring, place * 4, NONE)
-            elif code < CODE_CARRIED:
-                block = first[which]
-                first[which] = NONE
-            elif code < CODE_EMPTY_CACHE:
-                block = carried[which] if which < len(carried) else NONE
-                if block >= 0:
-                    carried[which] = NONE
-            else:
+            lane = code >> LANE_SHIFT
+            if lane == EMPTY_CACHE:
                 _empty_cache(memory)
                 continue
+            if lane < RECENT:
+                lane = (number - lane) & (RECENT - 1)
+            place = (lane * lane_size + (code & SLOT_MASK)) * 4
+            block = _get32(lanes, place)
+            _set32(lanes, place, NONE)
             size = _get32(records, block + SIZE) if block >= 0 else 0
             owner = _free(memory, block) if block >= 0 else NONE
             if owner < 0:
                 _set64(counters, EVENT, event)
                 return row, BAD_FREE
-            owners[owner] -= size
-        _end_row(memory, tables, kept, section, number & (LANES - 1), slot)
+            _add64(owners, owner * 8, -size)
+        _end_row(memory, tables, section, own_lane, slot)
         _report(counters, out[row])
-        for i in range(len(owners)):
-            out_owners[row, i] = owners[i]
+        for i in range(out_owners.shape[1]):
+            out_owners[row, i] = _get64(owners, i * 8)
     return len(schedule), DONE

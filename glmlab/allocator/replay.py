@@ -103,7 +103,7 @@ class StepReplayer:
         row, status = 0, k.NEEDS_ROOM
         while status == k.NEEDS_ROOM:
             with numba_events.install_listener("numba:compile", _CompilationNote()):
-                row, status = k.replay_rows(self._memory(), self._tables, self._kept, rows, row, out, out_owners)
+                row, status = k.run_schedule(self._pointers(), tuple(self._tables), rows, row, out, out_owners)
             if status == k.NEEDS_ROOM:
                 self._make_room()
         self._set(k.ROWS_BEFORE, self._get(k.ROWS_BEFORE) + row)
@@ -171,44 +171,36 @@ class StepReplayer:
     def _encode_program(self) -> None:
         program, names = self.program, self.program.section_names
         slots = np.array([program.slots(name) for name in names], np.int64)
-        lane_size = int(slots.max(initial=1)) + 1
-        if lane_size > k.CODE_SLOT_MASK or len(program.owners) > 1 << k.OWNER_BITS:
+        carried = [program.carried.get(name, ()) for name in names]
+        lane_size = max(1, *slots.tolist(), *map(len, carried))
+        if lane_size > k.SLOT_MASK or len(program.owners) > 1 << k.OWNER_BITS:
             raise EventProgramError(
-                f"a section allocates {lane_size - 1} objects for {len(program.owners)} owners; the replay holds "
-                f"{k.CODE_SLOT_MASK - 1} and {1 << k.OWNER_BITS}"
+                f"a section allocates {lane_size} objects for {len(program.owners)} owners; the replay holds "
+                f"{k.SLOT_MASK} and {1 << k.OWNER_BITS}"
             )
         modes, ages, args, owners = program.events.T.astype(np.int64)
-        is_too_high = ((modes == FREE) | (modes == FREE_FIRST)) & (args >= lane_size)
-        if np.any(is_too_high | ((modes == FREE_CARRIED) & (args > k.CODE_SLOT_MASK))):
+        is_free = (modes == FREE) | (modes == FREE_FIRST) | (modes == FREE_CARRIED)
+        if np.any(is_free & (args >= lane_size)):
             raise EventProgramError(f"an event frees slot {args.max()}, but no section allocates that many objects")
-        bases = {FREE: ages << k.CODE_AGE_SHIFT, FREE_FIRST: k.CODE_FIRST, FREE_CARRIED: k.CODE_CARRIED}
-        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + owners), k.CODE_EMPTY_CACHE)
-        for mode, base in bases.items():
-            codes = np.where(modes == mode, base + args, codes)
+        lanes = np.select([modes == FREE, modes == FREE_FIRST, modes == FREE_CARRIED], [ages, k.FIRST, k.CARRIED])
+        codes = np.where(is_free, (lanes << k.LANE_SHIFT) + args, k.EMPTY_CACHE << k.LANE_SHIFT)
+        codes = np.where(modes == ALLOCATE, -1 - ((args << k.OWNER_BITS) + owners), codes)
         self._codes = codes.astype(np.int32)
-        self._ring = np.full(k.LANES * lane_size, k.NONE, np.int32)
+        self._lanes = np.full(k.LANES * lane_size, k.NONE, np.int32)
         self._units = np.zeros(len(program.sizes) + 1, np.int64)
-        carried = [program.carried.get(name, ()) for name in names]
-        counts = [len(slots) for slots in carried]
+        self._owners = np.zeros(len(program.owners), np.int64)
         self._tables = k.Tables(
             section_start=program.section_start,
             section_slots=slots,
             sizes=program.sizes,
             divisions=np.array(self.settings.power2_divisions, np.int64),
-            carried_start=np.cumsum([0, *counts], dtype=np.int64),
+            carried_start=np.cumsum([0, *map(len, carried)], dtype=np.int64),
             carried_slots=np.array([slot for slots in carried for slot in slots], np.int64),
-        )
-        self._kept = k.Kept(
-            first=np.full(lane_size, k.NONE, np.int64),
-            carried=np.full(max(counts, default=0), k.NONE, np.int64),
-            next_carried=np.full(max(counts, default=0), k.NONE, np.int64),
-            lane_slots=np.zeros(k.LANES, np.int64),
-            owners=np.zeros(len(program.owners), np.int64),
+            lane_size=np.array([lane_size]),
         )
 
-    def _memory(self) -> k.Memory:
-        arrays = {name: getattr(self, f"_{name}") for name in k.Memory._fields}
-        return k.Memory(**{name: int(array.ctypes.data) for name, array in arrays.items()})
+    def _pointers(self) -> tuple[int, ...]:
+        return tuple(int(getattr(self, f"_{name}").ctypes.data) for name in k.Memory._fields)
 
     def _get(self, counter: int) -> int:
         return int(self._counters[counter // 8])

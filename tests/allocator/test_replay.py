@@ -272,7 +272,7 @@ def test_a_second_process_does_not_compile_and_says_nothing() -> None:
     StepReplayer(turns_program()).run([(1, 3, 4, 4)])
     code = (
         "from glmlab.allocator import kernels, program, replay\n"
-        "stats = kernels.replay_rows.stats\n"
+        "stats = kernels.run_schedule.stats\n"
         "asked = program.EventProgram([(0, 0, 0, 0)], [(512, 0, 0, 0, 0)], ['only'], [0, 1])\n"
         "replay.StepReplayer(asked).run([(1, 0, 4, 4)])\n"
         "print(sum(stats.cache_misses.values()), sum(stats.cache_hits.values()))"
