@@ -17,7 +17,8 @@ from glmlab.core.errors import GlmlabError
 from glmlab.evidence.latency import time_tokens
 from glmlab.evidence.plan import CONVERSATION, SNAPSHOT_TURN, EvidenceError, Run
 from glmlab.evidence.processes import end_with
-from glmlab.generation.decoding import Keep, decode_steps, new_cache
+from glmlab.generation.decoding import Keep, decode_steps
+from glmlab.generation.preparation import new_cache
 from glmlab.memory.conversations import load_conversation
 from glmlab.memory.probes import MemoryProbe
 from glmlab.memory.provenance import run_provenance

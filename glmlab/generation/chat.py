@@ -9,13 +9,14 @@ import torch
 from transformers import GenerationConfig, StaticCache
 
 from glmlab.core.errors import GlmlabError
-from glmlab.generation.decoding import Keep, context_limit, crop_cache, decode_steps, new_cache
+from glmlab.generation.decoding import DecodeStep, Keep, decode_steps
+from glmlab.generation.preparation import context_limit, crop_cache, ids_of, new_cache
 from glmlab.models.chatglm3 import ChatGLMTokenizer
 from glmlab.models.compiling import make_room
 from glmlab.models.loading import LoadedModel
 from glmlab.prompts.encoding import Message, chat_segments, encode_chat, encode_segments
-
-_NOTHING = Keep(top_k=0)
+from glmlab.prompts.format import split_answer
+from glmlab.prompts.table import common_prefix
 
 
 class ContextFullError(GlmlabError):
@@ -29,28 +30,32 @@ class Turn:
     number: int
     """From 1."""
     user_text: str
-    text: str
+    text: str = ""
     """The answer so far, without metadata and stop token."""
-    metadata: str
+    metadata: str = ""
     """The line before the text: the name of the tool that the answer calls, else empty (ChatGLM3 only)."""
-    new_text: str
+    new_text: str = ""
     """What this token added to the text; empty while a character is not complete."""
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     """All generated ids, the stop token too."""
-    prompt_tokens: int
+    prompt_tokens: int = 0
     """Tokens that the turn fed before the first generated one."""
-    generated_tokens: int
-    context_tokens: int
+    context_tokens: int = 0
     """Tokens whose keys and values are cached: the last generated token is not fed yet."""
-    context_characters: int
+    context_characters: int = 0
     """Characters of all messages so far, this answer included."""
-    kv_bytes: int
-    first_token_s: float | None
+    kv_bytes: int = 0
+    first_token_s: float | None = None
     """Seconds from the call to the first token; None for a restored turn."""
-    token_s: float | None
+    token_s: float | None = None
     """Mean seconds of the tokens after the first; None before there is one."""
-    stop_reason: str | None
-    """None while the answer goes on; then "stop token", "length", "context limit" or "interrupted"."""
+    stop_reason: str | None = None
+    """None while the answer goes on; then "stop token", "length", "context limit", "interrupted" or "restored"."""
+
+    @property
+    def generated_tokens(self) -> int:
+        """How many ids were generated."""
+        return len(self.token_ids)
 
 
 class ChatSession:
@@ -162,36 +167,28 @@ class ChatSession:
         for number, (text, generated) in enumerate(pairs, start=1):
             message = {"role": "user", "content": text}
             prompt_ids = self._prompt_with(message)
-            metadata, answer = self._split_answer(self._decode(generated), complete=True)
-            self._ids = [*prompt_ids, *generated]
-            self._messages += [message, {"role": "assistant", "metadata": metadata, "content": answer}]
-            self.turns.append(
-                Turn(
-                    number=number,
-                    user_text=text,
-                    text=answer,
-                    metadata=metadata,
-                    new_text="",
-                    token_ids=tuple(generated),
-                    prompt_tokens=0,
-                    generated_tokens=len(generated),
-                    context_tokens=len(self._ids) - 1,
-                    context_characters=self.context_characters,
-                    kv_bytes=0,
-                    first_token_s=None,
-                    token_s=None,
-                    stop_reason="restored",
-                )
+            metadata, answer = self._split(self._decode(generated))
+            turn = Turn(
+                number=number,
+                user_text=text,
+                text=answer,
+                metadata=metadata,
+                token_ids=tuple(generated),
+                context_tokens=len(prompt_ids) + len(generated) - 1,
+                context_characters=self.context_characters + len(text) + len(answer),
+                stop_reason="restored",
             )
+            self._finish(message, prompt_ids, turn)
+        if not self._ids:
+            return
         if len(self._ids) - 1 > self.context_limit:
             raise ContextFullError(f"the turns to restore have {len(self._ids)} tokens, but {self._said_limit}.")
-        if self._ids:
-            model = self.loaded.model
-            if isinstance(self._cache, StaticCache):
-                make_room(self._cache, len(self._ids) - 1, self.context_limit, model.device)
-            fed = torch.tensor([self._ids[:-1]], device=model.device)
-            with torch.no_grad():
-                model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        model = self.loaded.model
+        if isinstance(self._cache, StaticCache):
+            make_room(self._cache, len(self._ids) - 1, self.context_limit, model.device)
+        fed = torch.tensor([self._ids[:-1]], device=model.device)
+        with torch.no_grad():
+            model(fed, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def _prompt_with(self, message: Message) -> list[int]:
         """Ids of the whole conversation with a new message and the opening of its answer."""
@@ -200,145 +197,100 @@ class ChatSession:
         if not isinstance(tokenizer, ChatGLMTokenizer) or not self._ids:
             return encode_chat(tokenizer, messages, self._tools)
         # generated ids stay as they are: encoding their text anew could cut it into other pieces
-        said = self._ids[:-1] if self._ids[-1] in self._stop_ids() else self._ids
-        segments = chat_segments(messages, self._tools)
-        new = [segment for segment in segments if segment.message == len(messages) - 1]
-        fresh = [token_id for ids in encode_segments(tokenizer, [*new, segments[-1]]) for token_id in ids]
-        return [*said, *fresh]
-
-    def _stop_ids(self) -> set[int]:
-        eos = self.loaded.model.generation_config.eos_token_id
-        return set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-
-    def _without_stops(self, config: GenerationConfig) -> GenerationConfig:
-        """The settings with stop ids that no token has: the memory of a step stays what it is with the model's own.
-
-        ``min_new_tokens`` would do the same through a processor that takes memory in every step.
-        """
-        no_token = self.loaded.model.get_input_embeddings().num_embeddings
-        eos = self.loaded.model.generation_config.eos_token_id
-        nothing = [no_token] * len(eos) if isinstance(eos, list) else no_token
-        return GenerationConfig(**{**config.to_dict(), "eos_token_id": nothing})
+        ended = self._ids[-1] in ids_of(self.loaded.model.generation_config.eos_token_id)
+        new = chat_segments(messages, self._tools)[-4:]  # role, metadata and text of the message, the generation prompt
+        return [*self._ids[: -1 if ended else None], *(i for ids in encode_segments(tokenizer, new) for i in ids)]
 
     def _answer(
-        self,
-        message: Message,
-        prompt_ids: list[int],
-        max_new_tokens: int,
-        ends_at_limit: bool,
-        stops: bool,
+        self, message: Message, prompt_ids: list[int], max_new_tokens: int, ends_at_limit: bool, stops: bool
     ) -> Iterator[Turn]:
         started = time.perf_counter()
-        kept = _common_prefix(self._ids[: self.context_tokens], prompt_ids)
-        if kept < self.context_tokens:
-            if isinstance(self._cache, StaticCache):
-                crop_cache(self._cache, kept)
-            else:
-                self._cache.crop(kept - self.context_tokens)
-        config = self.generation_config or self.loaded.model.generation_config
-        if not stops:
-            config = self._without_stops(config)
+        cached = self._ids[: self.context_tokens]
+        kept = min(common_prefix(cached, prompt_ids), len(prompt_ids) - 1)  # something must be left to feed
+        crop_cache(self._cache, kept)
         steps = decode_steps(
             self.loaded,
             prompt_ids,
             max_new_tokens=max_new_tokens,
-            generation_config=config,
-            keep=_NOTHING,
+            generation_config=self.generation_config,
+            keep=Keep(top_k=0),
             cache=self._cache,
+            stops=stops,
         )
         turn = Turn(
             number=len(self.turns) + 1,
             user_text=message["content"],
-            text="",
-            metadata="",
-            new_text="",
-            token_ids=(),
             prompt_tokens=len(prompt_ids) - kept,
-            generated_tokens=0,
             context_tokens=kept,
             context_characters=self.context_characters + len(message["content"]),
-            kv_bytes=0,
-            first_token_s=None,
-            token_s=None,
-            stop_reason=None,
         )
-        before_characters = turn.context_characters
         stream = _TextStream(self._decode)
-        raw_text = ""
         try:
             for step in steps:
-                elapsed_s = time.perf_counter() - started
-                raw_text += stream.step(step.token_id)
-                reason = "context limit" if step.stop_reason == "length" and ends_at_limit else step.stop_reason
-                token_ids = (*turn.token_ids, step.token_id)
-                if reason is not None:  # bytes of a character that never became complete show as U+FFFD
-                    raw_text = self._decode(token_ids)
-                metadata, text = self._split_answer(raw_text, complete=reason is not None)
-                first_token_s = turn.first_token_s if turn.first_token_s is not None else elapsed_s
-                turn = replace(
-                    turn,
-                    text=text,
-                    metadata=metadata,
-                    new_text=text[len(turn.text) :],
-                    token_ids=token_ids,
-                    generated_tokens=len(token_ids),
-                    context_tokens=step.context_length,
-                    context_characters=before_characters + len(text),
-                    kv_bytes=step.kv_bytes,
-                    first_token_s=first_token_s,
-                    token_s=(elapsed_s - first_token_s) / (len(token_ids) - 1) if len(token_ids) > 1 else None,
-                    stop_reason=reason,
-                )
-                if reason is not None:
+                turn = self._with_token(turn, step, stream, time.perf_counter() - started)
+                if turn.stop_reason == "length" and ends_at_limit:
+                    turn = replace(turn, stop_reason="context limit")
+                if turn.stop_reason is not None:
                     self._finish(message, prompt_ids, turn)
                 yield turn
         finally:
             if turn.stop_reason is None:
                 self._finish(message, prompt_ids, replace(turn, stop_reason="interrupted"))
 
+    def _with_token(self, turn: Turn, step: DecodeStep, stream: "_TextStream", elapsed_s: float) -> Turn:
+        token_ids = (*turn.token_ids, step.token_id)
+        stream.add(step.token_id)
+        ended = step.stop_reason is not None
+        # at the end, bytes of a character that never became complete show as U+FFFD
+        metadata, text = self._split(self._decode(token_ids) if ended else stream.text, complete=ended)
+        first_token_s = elapsed_s if turn.first_token_s is None else turn.first_token_s
+        later_tokens = len(token_ids) - 1
+        return replace(
+            turn,
+            text=text,
+            metadata=metadata,
+            new_text=text[len(turn.text) :],
+            token_ids=token_ids,
+            context_tokens=step.context_length,
+            context_characters=turn.context_characters - len(turn.text) + len(text),
+            kv_bytes=step.kv_bytes,
+            first_token_s=first_token_s,
+            token_s=(elapsed_s - first_token_s) / later_tokens if later_tokens else None,
+            stop_reason=step.stop_reason,
+        )
+
     def _finish(self, message: Message, prompt_ids: list[int], turn: Turn) -> None:
         self._ids = [*prompt_ids, *turn.token_ids]
-        answer: Message = {"role": "assistant", "metadata": turn.metadata, "content": turn.text}
-        self._messages += [message, answer]
+        self._messages += [message, {"role": "assistant", "metadata": turn.metadata, "content": turn.text}]
         self.turns.append(turn)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self.loaded.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
-    def _split_answer(self, raw_text: str, *, complete: bool) -> tuple[str, str]:
-        """Metadata line and text of an answer; only ChatGLM3 writes the line, and random weights not even then."""
+    def _split(self, answer: str, *, complete: bool = True) -> tuple[str, str]:
+        """Metadata line and text; only ChatGLM3 writes the line, and random weights not even then."""
         if not isinstance(self.loaded.tokenizer, ChatGLMTokenizer):
-            return "", raw_text
-        metadata, newline, text = raw_text.partition("\n")
-        if complete and not newline:
-            return "", raw_text
-        return metadata.strip(), text.removeprefix(" ")
+            return "", answer
+        return split_answer(answer if complete or "\n" in answer else f"{answer}\n")
 
 
 class _TextStream:
-    """Text that each token adds; a character spelled in several tokens comes with its last one.
+    """The text of the tokens so far; a character spelled in several tokens comes with its last one.
 
     tokenizers' DecodeStream raises where bytes never become a character, as they do with random weights.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
-        self._ids: list[int] = []  # from the last token that completed a text; what came before is said
-        self._said = ""
+        self._ids: list[int] = []  # from the last token that completed a text
+        self._said = ""  # the beginning of their text that is in ``text`` already
+        self.text = ""
 
-    def step(self, token_id: int) -> str:
-        """Return what the token adds: nothing while a character is incomplete."""
+    def add(self, token_id: int) -> None:
+        """Lengthen the text, unless a character is incomplete."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text.endswith("\ufffd") or len(text) <= len(self._said):
-            return ""
-        new_text = text[len(self._said) :]
-        self._ids = [token_id]
-        self._said = self._decode(self._ids)
-        return new_text
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning, at most one less than ``other`` has: something must be left to feed."""
-    limit = min(len(one), len(other) - 1)
-    return next((i for i in range(limit) if one[i] != other[i]), limit)
+        if not text.endswith("\ufffd") and len(text) > len(self._said):
+            self.text += text[len(self._said) :]
+            self._ids = [token_id]
+            self._said = self._decode(self._ids)

@@ -1,15 +1,13 @@
-"""The generation loop as an iterator: one :class:`DecodeStep` for every token that comes into being.
+"""The generation loop as an iterator: one :class:`DecodeStep` for every generated token.
 
-Four acts a step: (1) inputs are prepared and the forward pass runs, (2) logits become scores, probabilities and a
-token, (3) the step is yielded, (4) the stop check decides whether another one follows. The check runs before the yield,
-so that a step can tell why it was the last.
+Four acts a step: (1) the forward pass runs, (2) logits become scores, probabilities and a token, (3) the step is
+yielded, (4) the stop check decides whether another one follows. The check runs before the yield, so that a step can say
+why it was the last.
 
-Everything around the loop (defaults, cache, processors, warpers, stopping criteria) is prepared by ``model.generate``
-itself, which hands it to the loop through its ``custom_generate`` hook: what is shown is what ``generate`` does.
-
-The loop is lean where that changes no value: without padding, a decode step's inputs are the last token and the next
-position, so nothing is sliced out of longer tensors; ids are joined to the prompt only where a processor reads them;
-the usual two stopping criteria, stop tokens and length, are checked on the host.
+``model.generate`` prepares everything around the loop (defaults, cache, processors, warpers, stopping criteria) and
+hands it over through its ``custom_generate`` hook: the steps show what ``generate`` does. The loop skips work that
+changes no value: without padding a decode step is fed the last token and its position, not slices of longer tensors;
+tokens are appended to the prompt only where something reads them; the host checks stop tokens and length.
 """
 
 import time
@@ -21,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers import (
     Cache,
-    DynamicCache,
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
@@ -29,7 +26,6 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
-    StaticCache,
     StoppingCriteriaList,
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -37,18 +33,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.generation.configuration_utils import GenerationMode
 
-from glmlab.core.errors import GlmlabError
-from glmlab.models.compiling import CompiledForward, make_room, static_cache_tokens
+from glmlab.generation.preparation import (
+    DecodeError,
+    Prompt,
+    check_prompt,
+    checked_config,
+    context_limit,
+    crop_cache,
+    encode_prompt,
+    ids_of,
+    kv_bytes,
+    new_cache,
+)
+from glmlab.models.compiling import make_room
 from glmlab.models.loading import LoadedModel
-
-Prompt = str | Sequence[int] | Sequence[Sequence[int]]
-"""A text, the ids of one sequence, or the ids of several (left-padded to one length)."""
-
-
-class DecodeError(GlmlabError):
-    """A prompt or a setting with which the loop cannot run; raised before the first forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +64,9 @@ class Keep:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The candidates at one point of act 2: the raw logits, or the scores behind one processor or warper."""
+    """The candidates at one point of act 2: the raw logits, or the scores after one processor or warper."""
 
-    name: str
-    """"logits", or the class of the processor."""
+    name: str  # "logits", or the class of the processor
     survivors: Tensor  # (batch,) candidates whose score is above -inf
     token_ids: Tensor  # (batch, top_k) best first
     probabilities: Tensor  # (batch, top_k) softmax over all candidates of the stage
@@ -93,7 +91,7 @@ class DecodeStep:
     token_ids: tuple[int, ...]
     chosen_probability: Tensor | None  # (batch,) after all processors and warpers; None with Keep(top_k=0)
     stop_reasons: tuple[str | None, ...]
-    """"stop token", "length", "time" or "stop string"; None while the sequence goes on, and after its end."""
+    """"stop token", "stop string", "length" or "time"; None while the sequence goes on, and after its end."""
     forward_s: float
     """Act 1."""
     choose_s: float
@@ -132,11 +130,6 @@ class DecodeStep:
         return tuple((-torch.log2(self.chosen_probability) + 0.0).tolist())  # + 0.0: no minus before a zero
 
 
-def context_limit(config: Any) -> int:
-    """Most tokens that the model's positions reach, from its config."""
-    return int(config.max_position_embeddings)
-
-
 def decode_steps(
     loaded: LoadedModel,
     prompt: Prompt,
@@ -145,8 +138,9 @@ def decode_steps(
     generation_config: GenerationConfig | None = None,
     keep: Keep = Keep(),
     cache: Cache | None = None,
+    stops: bool = True,
 ) -> Iterator[DecodeStep]:
-    """Generate from a prompt, one step at a time.
+    """Generate from a prompt, one step at a time: the prefill's with the first token, then a decode step a token.
 
     Args:
         loaded: from ``load_model``.
@@ -154,18 +148,16 @@ def decode_steps(
         max_new_tokens: most tokens to generate.
         generation_config: sampling as in transformers; the model's own without it (greedy for the embedded model).
         keep: what every step keeps beside its token.
-        cache: keys and values of the first tokens of the prompt; only the rest is fed. It grows with the steps. Of a
-            model loaded with ``compile=True`` it is a StaticCache (:func:`new_cache`).
-
-    Yields:
-        The prefill's step with the first token, then a decode step for every further token.
+        cache: keys and values of the first tokens of the prompt; only the rest is fed. It grows with the steps. A
+            model loaded with ``compile=True`` needs a StaticCache (:func:`~glmlab.generation.preparation.new_cache`).
+        stops: False lets no stop token end a sequence.
 
     Raises:
-        DecodeError: empty prompt, ids outside the vocabulary, more tokens than the context limit, settings that
-            contradict each other; all before the first forward pass.
+        DecodeError: an empty prompt, ids outside the vocabulary, or settings that contradict each other; before the
+            first forward pass.
 
-    A step that is cut off (KeyboardInterrupt) leaves the cache as it was before that step, and the steps so far as they
-    are: ``steps = []; steps.extend(decode_steps(...))`` keeps them.
+    An interrupted step (KeyboardInterrupt) leaves the cache as it was before, and with
+    ``steps = []; steps.extend(decode_steps(...))`` you keep what was generated.
 
     Example:
         >>> from glmlab import load_model
@@ -174,21 +166,17 @@ def decode_steps(
         >>> [step.phase for step in steps], steps[-1].context_length
         (['prefill', 'decode', 'decode'], 5)
     """
-    config = _checked_config(loaded.model, generation_config, max_new_tokens)
-    input_ids, attention_mask = _encode(loaded, prompt)
-    _check_prompt(loaded.model, input_ids, cache)
-    if loaded.compiled and not isinstance(cache, StaticCache):
-        if cache is not None:
-            raise DecodeError(
-                f"a model loaded with compile=True needs a StaticCache, and this is a {type(cache).__name__}. Make it "
-                "with glmlab.generation.decoding.new_cache(loaded)."
-            )
-        cache = new_cache(loaded)
-    if keep.attentions and loaded.model.config._attn_implementation != "eager":
+    config = checked_config(loaded.model, generation_config, max_new_tokens, stops)
+    input_ids, attention_mask = encode_prompt(loaded, prompt)
+    check_prompt(loaded, input_ids, cache)
+    attention = loaded.model.config._attn_implementation
+    if keep.attentions and attention != "eager":
         raise DecodeError(
-            f"attentions are never formed by {loaded.model.config._attn_implementation!r} attention. Call "
+            f"attentions are never formed by {attention!r} attention. Call "
             "loaded.model.set_attn_implementation('eager') first."
         )
+    if loaded.compiled and cache is None:
+        cache = new_cache(loaded)
     criteria = StoppingCriteriaList()
     if config.stop_strings is not None:  # generate() itself takes no tokenizer beside a loop of one's own
         criteria.append(StopStringCriteria(loaded.tokenizer, config.stop_strings))
@@ -200,20 +188,11 @@ def decode_steps(
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        **model_kwargs: Any,
+        **inputs: Any,
     ) -> Iterator[DecodeStep]:
-        if keep.hidden_states:
-            model_kwargs["output_hidden_states"] = True
-        if keep.attentions:
-            model_kwargs["output_attentions"] = True
-        return _loop(
-            _Inputs(model, model_kwargs, loaded.compiled),
-            input_ids,
-            logits_processor,
-            _StopCheck(stopping_criteria, generation_config),
-            generation_config,
-            keep,
-        )
+        forward = _Forward(loaded, inputs, keep)
+        stop_check = _StopCheck(stopping_criteria, generation_config, batch=len(input_ids))
+        return _Loop(forward, input_ids, logits_processor, stop_check, bool(generation_config.do_sample), keep).steps()
 
     try:
         steps: Iterator[DecodeStep] = loaded.model.generate(
@@ -229,70 +208,68 @@ def decode_steps(
     return steps
 
 
-def _loop(
-    inputs: "_Inputs",
-    input_ids: Tensor,  # (batch, tokens)
-    processors: LogitsProcessorList,
-    stop_check: "_StopCheck",
-    config: GenerationConfig,
-    keep: Keep,
-) -> Iterator[DecodeStep]:
-    cache, device, length = inputs.cache, input_ids.device, input_ids.shape[1]
-    reads_ids = bool(processors) or not stop_check.on_host or not inputs.lean
-    cached_tokens = int(cache.get_seq_length())
-    unfinished = [True] * input_ids.shape[0]
-    padding: Tensor | None = None  # (batch,) the padding token where a sequence of several has ended, else -1
-    tokens: Tensor | None = None
-    yielded: float | None = None
-    index = 0
-    while True:
+class _Loop:
+    """The generation loop, and what it carries from step to step."""
+
+    def __init__(
+        self,
+        forward: "_Forward",
+        input_ids: Tensor,  # (batch, tokens)
+        processors: LogitsProcessorList,
+        stop_check: "_StopCheck",
+        do_sample: bool,
+        keep: Keep,
+    ) -> None:
+        self._forward, self._processors, self._stop_check = forward, processors, stop_check
+        self._input_ids, self._do_sample, self._keep = input_ids, do_sample, keep
+        self._appends = bool(processors) or stop_check.reads_ids or not forward.lean
+        self._length = input_ids.shape[1]
+        self._cached_tokens = int(forward.cache.get_seq_length())
+        self._tokens: Tensor | None = None  # (batch,) those chosen last
+
+    def steps(self) -> Iterator[DecodeStep]:
+        """Run the acts in turn until every sequence has ended."""
+        index, caller_s = 0, 0.0
+        while any(self._stop_check.unfinished):
+            try:
+                step = self._step(index, caller_s)
+            except BaseException:  # Ctrl+C too: some layers may hold the step's tokens, others not yet
+                crop_cache(self._forward.cache, self._cached_tokens)
+                raise
+            self._cached_tokens = step.context_length
+            yielded = time.perf_counter()
+            yield step  # act 3
+            del step
+            index, caller_s = index + 1, time.perf_counter() - yielded
+
+    @torch.no_grad()
+    def _step(self, index: int, caller_s: float) -> DecodeStep:
         started = time.perf_counter()
-        caller_s = 0.0 if yielded is None else started - yielded
-        try:
-            with torch.no_grad():
-                # act 1: inputs and forward pass
-                inputs.make_room(input_ids.shape[1] if tokens is None else cached_tokens + 1)
-                fed = inputs.first(input_ids, cached_tokens) if tokens is None else inputs.next(input_ids, tokens)
-                outputs = inputs.forward(fed, prefill=tokens is None)
-                inputs.advance(outputs)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                forward_ended = time.perf_counter()
+        outputs, fed = self._forward(self._input_ids, self._tokens, self._cached_tokens)  # act 1
+        forward_ended = time.perf_counter()
 
-                # act 2: logits -> scores -> probabilities -> token
-                logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)  # (batch, vocab)
-                kept_logits = (logits.clone() if processors else logits) if keep.logits else None
-                scores, stages = _run_processors(processors, input_ids, logits, keep.top_k)
-                tokens, probabilities = _choose(scores, config, with_probabilities=keep.top_k > 0)
-                chosen_probability = None
-                if probabilities is not None and keep.top_k:
-                    chosen_probability = probabilities.gather(1, tokens[:, None]).squeeze(1)
-                if padding is not None:
-                    tokens = torch.where(padding < 0, tokens, padding)
-                token_ids = tuple(tokens.tolist())
-                choose_ended = time.perf_counter()
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)  # act 2: (batch, vocab)
+        kept_logits = (logits.clone() if self._processors else logits) if self._keep.logits else None
+        scores, stages = _run_processors(self._processors, self._input_ids, logits, self._keep.top_k)
+        tokens, chosen_probability = _choose(scores, self._do_sample, with_probability=self._keep.top_k > 0)
+        self._tokens = self._stop_check.pad(tokens)
+        token_ids = tuple(self._tokens.tolist())
+        choose_ended = time.perf_counter()
 
-                # act 4, computed before act 3 so that the step can tell it
-                length += 1
-                if reads_ids:
-                    input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-                reasons = stop_check(token_ids, length, input_ids, unfinished)
-                if any(reasons):
-                    unfinished = [goes_on and not reason for goes_on, reason in zip(unfinished, reasons, strict=True)]
-                    padding = stop_check.padding(unfinished, device)
-                context_length = int(cache.get_seq_length())
-                stop_check_ended = time.perf_counter()
-        except BaseException:
-            crop_cache(cache, cached_tokens)
-            raise
+        self._length += 1  # act 4
+        if self._appends:
+            self._input_ids = torch.cat([self._input_ids, self._tokens[:, None]], dim=-1)
+        reasons = self._stop_check(token_ids, self._length, self._input_ids)
+        context_length = int(self._forward.cache.get_seq_length())
+        stop_check_ended = time.perf_counter()
 
-        step = DecodeStep(
+        return DecodeStep(
             index=index,
             phase="prefill" if index == 0 else "decode",
             input_shapes={name: tuple(value.shape) for name, value in fed.items() if isinstance(value, Tensor)},
-            cached_tokens=cached_tokens,
+            cached_tokens=self._cached_tokens,
             context_length=context_length,
-            kv_bytes=kv_bytes(cache),
+            kv_bytes=kv_bytes(self._forward.cache),
             stages=stages,
             token_ids=token_ids,
             chosen_probability=chosen_probability,
@@ -302,138 +279,105 @@ def _loop(
             caller_s=caller_s,
             stop_check_s=stop_check_ended - choose_ended,
             logits=kept_logits,
-            hidden_states=_as_normal_tensors(outputs.hidden_states) if keep.hidden_states else None,
-            attentions=_as_normal_tensors(outputs.attentions) if keep.attentions else None,
+            hidden_states=_normal_tensors(outputs.hidden_states) if self._keep.hidden_states else None,
+            attentions=_normal_tensors(outputs.attentions) if self._keep.attentions else None,
         )
-        del outputs, fed, logits, kept_logits, scores, probabilities  # act 3 must not keep a prefill's logits alive
-        yielded = time.perf_counter()
-        yield step
-        del step
-        if not any(unfinished):
-            return
-        cached_tokens = context_length
-        index += 1
 
 
-_LEAN_INPUTS = {
-    "input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep",
-    "output_hidden_states", "output_attentions",
-}  # fmt: skip
+class _Forward:
+    """Act 1: what each forward pass is fed, and the pass itself."""
 
-
-class _Inputs:
-    """Act 1: what each forward pass is called with, and the call."""
-
-    def __init__(self, model: Any, model_kwargs: dict[str, Any], compiled: CompiledForward | None) -> None:
-        self.model = model
-        self._compiled = compiled
-        self.cache: Cache = model_kwargs["past_key_values"]
-        self._kwargs = model_kwargs
-        self.lean = (  # a decode step's inputs are known beforehand: one token, one position
-            type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation
-            and type(model)._update_model_kwargs_for_generation is GenerationMixin._update_model_kwargs_for_generation
-            and model_kwargs.keys() <= _LEAN_INPUTS
-            and model_kwargs["attention_mask"] is None
-            and model_kwargs["position_ids"].ndim == 2
-            and (compiled is not None or type(self.cache) is DynamicCache)
-            and all(type(layer) is (DynamicLayer if compiled is None else StaticLayer) for layer in self.cache.layers)
+    def __init__(self, loaded: LoadedModel, inputs: dict[str, Any], keep: Keep) -> None:
+        self._model, self._compiled, self._device = loaded.model, loaded.compiled, loaded.model.device
+        kept = {"output_hidden_states": keep.hidden_states, "output_attentions": keep.attentions}
+        self._inputs = inputs | {name: True for name, wanted in kept.items() if wanted}
+        self.cache: Cache = inputs["past_key_values"]
+        methods = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+        self.lean = (  # a decode step is fed the last token and its position, and nothing else that changes
+            all(getattr(type(self._model), method) is getattr(GenerationMixin, method) for method in methods)
+            and inputs.get("attention_mask") is None
+            and getattr(inputs.get("position_ids"), "ndim", 0) == 2
+            and all(type(layer) is (StaticLayer if self._compiled else DynamicLayer) for layer in self.cache.layers)
         )
-        self._inference = self.lean and compiled is None and model.device.type != "meta"
-        self._position: Tensor | None = None  # (batch or 1, 1) of the next token
 
-    def make_room(self, tokens: int) -> None:
-        """Lengthen the static cache of a compiled model to hold the tokens of the next pass."""
+    def __call__(self, input_ids: Tensor, tokens: Tensor | None, cached_tokens: int) -> tuple[Any, dict[str, Any]]:
+        """Feed the prompt behind what is cached, or the tokens chosen last: the model's outputs, and what it read."""
+        prefill = tokens is None
         if self._compiled:
-            make_room(self.cache, tokens, context_limit(self.model.config), self.model.device)
+            needed = input_ids.shape[1] if prefill else cached_tokens + 1
+            make_room(self.cache, needed, context_limit(self._model.config), self._device)
+        if tokens is not None and self.lean:
+            fed = {"input_ids": tokens[:, None], **self._inputs}
+        else:
+            fed = self._model.prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=input_ids.shape[1] - cached_tokens if prefill else 1,
+                is_first_iteration=prefill,
+                **self._inputs,
+            )
+        outputs = self._run(fed, prefill)
+        if self.lean:
+            positions = self._inputs["position_ids"]
+            self._inputs["position_ids"] = (positions[:, -1:] if prefill else positions) + 1
+            self._inputs.pop("attention_mask", None)
+        else:
+            self._inputs = self._model._update_model_kwargs_for_generation(outputs, self._inputs)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return outputs, fed
 
-    def forward(self, fed: dict[str, Any], *, prefill: bool) -> Any:
-        """Run the pass: decode steps compiled where the model was loaded so, everything else in eager mode."""
-        run = self.model if prefill or self._compiled is None else self._compiled
-        # inference_mode spares autograd's counters. A tensor made in it must not be written to outside of it: so not
-        # where a pass makes a static cache's tensors (its prefill), which later passes and crop_cache write to.
-        with torch.inference_mode() if self._inference or run is self._compiled else torch.no_grad():
+    def _run(self, fed: dict[str, Any], prefill: bool) -> Any:
+        """Decode steps run compiled where the model was loaded so, everything else in eager mode.
+
+        inference_mode saves autograd's counters. Tensors made in it must not be written to outside of it, so it is not
+        for a pass that makes a static cache's tensors (the prefill): later passes and crop_cache write to them.
+        """
+        run = self._model if prefill or not self._compiled else self._compiled
+        inference = run is self._compiled or (self.lean and not self._compiled and self._device.type != "meta")
+        with torch.inference_mode() if inference else torch.no_grad():
             return run(**fed, return_dict=True)
 
-    def first(self, input_ids: Tensor, cached_tokens: int) -> dict[str, Any]:
-        """Inputs of the prefill: the prompt behind what is cached."""
-        fed: dict[str, Any] = self.model.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=input_ids.shape[1] - cached_tokens,
-            is_first_iteration=True,
-            **self._kwargs,
-        )
-        return fed
 
-    def advance(self, outputs: Any) -> None:
-        """Take note that a pass has run."""
-        if not self.lean:
-            self._kwargs = self.model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        elif self._position is None:
-            self._position = self._kwargs.pop("position_ids")[:, -1:] + 1
-            del self._kwargs["attention_mask"]
-        else:
-            self._position = self._position + 1
+class _StopCheck:
+    """Act 4: which sequences end with this token, and why."""
 
-    def next(self, input_ids: Tensor, tokens: Tensor) -> dict[str, Any]:
-        """Inputs of a decode step: the token just chosen, one position on."""
-        if self.lean:
-            return {"input_ids": tokens[:, None], "position_ids": self._position, **self._kwargs}
-        fed: dict[str, Any] = self.model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=1, is_first_iteration=False, **self._kwargs
-        )
-        return fed
+    def __init__(self, criteria: StoppingCriteriaList, config: GenerationConfig, batch: int) -> None:
+        by_type = {type(criterion): criterion for criterion in criteria}
+        self._strings = by_type.pop(StopStringCriteria, None)
+        self._time = by_type.pop(MaxTimeCriteria, None)
+        if unknown := by_type.keys() - {EosTokenCriteria, MaxLengthCriteria}:
+            raise DecodeError(f"{unknown.pop().__name__} is not known to this loop: leave its setting out.")
+        self._stop_ids = frozenset(ids_of(config.eos_token_id))
+        self._max_length, self._pad_token = config.max_length, config._pad_token_tensor
+        self._ended: Tensor | None = None  # (batch,) once some sequences have ended and others go on
+        self.unfinished = [True] * batch
+        self.reads_ids = self._strings is not None
 
+    def __call__(self, token_ids: Sequence[int], length: int, input_ids: Tensor) -> tuple[str | None, ...]:
+        """One reason for each sequence that ends here, else None."""
+        strings = self._strings(input_ids, None).tolist() if self._strings else [False] * len(token_ids)
+        late = self._time is not None and bool(self._time(input_ids, None).any())
+        at_end = "length" if length >= self._max_length else "time" if late else None
+        found = [
+            "stop token" if token_id in self._stop_ids else "stop string" if string else at_end
+            for token_id, string in zip(token_ids, strings, strict=True)
+        ]
+        reasons = tuple(reason if goes_on else None for reason, goes_on in zip(found, self.unfinished, strict=True))
+        if any(reasons):
+            self.unfinished = [goes_on and not why for goes_on, why in zip(self.unfinished, reasons, strict=True)]
+            if self._stop_ids and any(self.unfinished):
+                self._ended = torch.tensor([not goes_on for goes_on in self.unfinished], device=input_ids.device)
+        return reasons
 
-def _as_normal_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies without inference_mode's restrictions, so that a caller can compute with them under autograd."""
-    return tuple(tensor.clone() for tensor in tensors)
-
-
-def new_cache(loaded: LoadedModel, static_tokens: int | None = None) -> Cache:
-    """Return an empty cache of the kind that the model decodes with: static where it is compiled, else dynamic.
-
-    Args:
-        loaded: from ``load_model``.
-        static_tokens: a StaticCache of this length, compiled or not; without it that of a compiled model begins short.
-
-    Raises:
-        DecodeError: a length below 1, beyond the model's limit, or that is no whole number.
-
-    Example:
-        >>> from glmlab import load_model
-        >>> type(new_cache(load_model("embedded", precision="fp32", device="cpu"))).__name__
-        'DynamicCache'
-    """
-    config = loaded.model.config
-    if static_tokens is not None and type(static_tokens) is not int:
-        raise DecodeError(f"static_tokens={static_tokens!r} is not a whole number of tokens. Give one, such as 4096.")
-    if static_tokens is not None and static_tokens < 1:
-        raise DecodeError(f"static_tokens={static_tokens}: a static cache holds at least one token.")
-    if static_tokens is not None and static_tokens > (limit := context_limit(config)):
-        raise DecodeError(
-            f"static_tokens={static_tokens}: the model's limit is {limit} tokens (max_position_embeddings), and a "
-            "cache would stay empty beyond it. Give at most that."
-        )
-    if loaded.compiled is None and static_tokens is None:
-        return DynamicCache(config=config)
-    length = static_tokens or static_cache_tokens(1, context_limit(config), loaded.model.device)
-    return StaticCache(config=config, max_cache_len=length)
-
-
-def crop_cache(cache: Cache, tokens: int) -> None:
-    """Forget all but the first tokens. After a step that was cut off some layers hold its tokens, others not yet."""
-    for layer in cache.layers:
-        if type(layer) in (DynamicLayer, StaticLayer) and (extra := int(layer.get_seq_length()) - tokens) > 0:
-            if isinstance(layer, StaticLayer):
-                layer.cumulative_length.sub_(extra)
-            else:
-                layer.crop(-extra)
+    def pad(self, tokens: Tensor) -> Tensor:
+        """The chosen tokens, with padding for sequences that have ended."""
+        return tokens if self._ended is None else torch.where(self._ended, self._pad_token, tokens)
 
 
 def _run_processors(
     processors: Iterable[LogitsProcessor], input_ids: Tensor, logits: Tensor, top_k: int
 ) -> tuple[Tensor, tuple[Stage, ...]]:
-    """Scores after all processors and warpers, and the best candidates before and behind each."""
+    """Scores after all processors and warpers, and the best candidates before and after each."""
     stages = [_stage("logits", logits, top_k)] if top_k else []
     scores = logits
     for processor in processors:
@@ -449,57 +393,18 @@ def _stage(name: str, scores: Tensor, top_k: int) -> Stage:
     return Stage(name, (scores > -torch.inf).sum(dim=-1), token_ids, probabilities)
 
 
-def _choose(scores: Tensor, config: GenerationConfig, *, with_probabilities: bool) -> tuple[Tensor, Tensor | None]:
-    """The tokens (batch,), and the probabilities (batch, vocab) where they are needed or asked for."""
-    probabilities = torch.softmax(scores, dim=-1) if config.do_sample or with_probabilities else None
-    if config.do_sample and probabilities is not None:
-        return torch.multinomial(probabilities, num_samples=1).squeeze(1), probabilities
-    return torch.argmax(scores, dim=-1), probabilities
+def _choose(scores: Tensor, do_sample: bool, *, with_probability: bool) -> tuple[Tensor, Tensor | None]:
+    """One token a sequence, drawn by its probability or the best, and those tokens' probabilities."""
+    if not (do_sample or with_probability):
+        return torch.argmax(scores, dim=-1), None
+    probabilities = torch.softmax(scores, dim=-1)  # (batch, vocab)
+    tokens = torch.multinomial(probabilities, 1).squeeze(1) if do_sample else torch.argmax(scores, dim=-1)
+    return tokens, probabilities.gather(1, tokens[:, None]).squeeze(1) if with_probability else None
 
 
-_REASONS = {  # in the order in which they are told where several hold
-    EosTokenCriteria: "stop token",
-    StopStringCriteria: "stop string",
-    MaxLengthCriteria: "length",
-    MaxTimeCriteria: "time",
-}
-
-
-class _StopCheck:
-    """Act 4: which sequences end here, and why."""
-
-    def __init__(self, criteria: StoppingCriteriaList, config: GenerationConfig) -> None:
-        self._criteria = sorted(criteria, key=lambda criterion: list(_REASONS).index(type(criterion)))
-        self.on_host = {type(criterion) for criterion in criteria} <= {EosTokenCriteria, MaxLengthCriteria}
-        """Whether ids and length decide, without a look at tensors."""
-        eos = config.eos_token_id
-        self._stop_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        self._max_length = config.max_length
-        self._pad_token_id = config._pad_token_tensor if self._stop_ids else None
-
-    def __call__(
-        self, token_ids: Sequence[int], length: int, input_ids: Tensor, unfinished: Sequence[bool]
-    ) -> tuple[str | None, ...]:
-        """One reason a sequence that ends with this token, else None."""
-        if self.on_host:
-            at_end = "length" if length >= self._max_length else None
-            return tuple(
-                ("stop token" if token_id in self._stop_ids else at_end) if goes_on else None
-                for token_id, goes_on in zip(token_ids, unfinished, strict=True)
-            )
-        reasons: list[str | None] = [None] * len(token_ids)
-        for criterion in self._criteria:
-            for i, holds in enumerate(criterion(input_ids, None).tolist()):
-                if holds and unfinished[i]:
-                    reasons[i] = reasons[i] or _REASONS[type(criterion)]
-        return tuple(reasons)
-
-    def padding(self, unfinished: Sequence[bool], device: torch.device) -> Tensor | None:
-        """What a finished sequence of a batch goes on with, -1 for the others; None if there is nothing to pad."""
-        if self._pad_token_id is None or all(unfinished) or not any(unfinished):
-            return None
-        pad = int(self._pad_token_id)
-        return torch.tensor([-1 if goes_on else pad for goes_on in unfinished], device=device)
+def _normal_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies without inference_mode's restrictions, so that a caller can compute with them under autograd."""
+    return tuple(tensor.clone() for tensor in tensors)
 
 
 def reweigh(
@@ -536,95 +441,3 @@ def reweigh(
         raise DecodeError(f"these warpers cannot be built: {error}") from error
     _, stages = _run_processors(processors, logits[:, :0].long(), logits, candidates)
     return stages
-
-
-def kv_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values that a cache holds.
-
-    Example:
-        >>> from transformers import DynamicCache
-        >>> kv_bytes(DynamicCache())
-        0
-    """
-    return sum(
-        layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
-        for layer in cache.layers
-        if layer.is_initialized
-    )
-
-
-def _encode(loaded: LoadedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (batch, tokens), left-padded."""
-    if isinstance(prompt, str):
-        prompt = loaded.tokenizer(prompt)["input_ids"]
-    rows = [list(row) for row in prompt] if prompt and not isinstance(prompt[0], int) else [list(prompt)]  # type: ignore[arg-type]
-    if not rows or not all(rows):
-        raise DecodeError("the prompt is empty: generation needs at least one token to start from.")
-    width = max(map(len, rows))
-    padding = loaded.tokenizer.pad_token_id or 0
-    ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    device = loaded.model.device
-    return ids.to(device), mask.to(device)
-
-
-def _check_prompt(model: Any, input_ids: Tensor, cache: Cache | None) -> None:
-    vocabulary = model.get_input_embeddings().num_embeddings
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
-    if lowest < 0 or highest >= vocabulary:
-        raise DecodeError(
-            f"the prompt holds id {lowest if lowest < 0 else highest}, but the vocabulary has ids 0 to "
-            f"{vocabulary - 1}. Encode the text with this model's own tokenizer."
-        )
-    limit, tokens = context_limit(model.config), input_ids.shape[1]
-    if tokens > limit:
-        raise DecodeError(
-            f"the prompt has {tokens} tokens, but the model's context limit is {limit} (max_position_embeddings). "
-            "Shorten it."
-        )
-    if cache is not None and (cached := int(cache.get_seq_length())) >= tokens:
-        raise DecodeError(
-            f"the cache holds {cached} tokens and the prompt has {tokens}: nothing is left to feed. Pass the whole "
-            "prompt, of which the cache holds the beginning."
-        )
-
-
-def _checked_config(model: Any, config: GenerationConfig | None, max_new_tokens: int) -> GenerationConfig:
-    """Return a copy of the settings with the token budget; refuse what one sequence at a time cannot do."""
-    if max_new_tokens < 1:
-        raise DecodeError(f"max_new_tokens={max_new_tokens}: at least one token has to be generated.")
-    settings = (config or model.generation_config).to_dict()
-    settings.pop("max_length", None)
-    copy = GenerationConfig(**{**settings, "max_new_tokens": max_new_tokens})
-    if copy.eos_token_id is None:
-        copy.eos_token_id = model.generation_config.eos_token_id
-    if copy.pad_token_id is None:
-        copy.pad_token_id = model.generation_config.pad_token_id
-    if (copy.num_beams or 1) > 1 or (copy.num_return_sequences or 1) > 1:
-        raise DecodeError(
-            "beam search and several returned sequences are not shown by this loop. Set num_beams=1 and "
-            "num_return_sequences=1."
-        )
-    mode = copy.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise DecodeError(
-            f"{mode.value.replace('_', ' ')} is not shown by this loop: it does greedy search and sampling."
-        )
-    if copy.use_cache is False:
-        raise DecodeError("use_cache=False: this loop feeds one token a step and needs the cache. Leave it out.")
-    if (copy.min_new_tokens or 0) > max_new_tokens:
-        raise DecodeError(
-            f"min_new_tokens={copy.min_new_tokens} is more than max_new_tokens={max_new_tokens}. Lower the one or "
-            "raise the other."
-        )
-    if not copy.do_sample and (ignored := [name for name in ("temperature", "top_k", "top_p") if _is_set(copy, name)]):
-        raise DecodeError(
-            f"{', '.join(ignored)} need do_sample=True: greedy decoding takes the best candidate whatever they say. "
-            "Set do_sample=True, or leave them out."
-        )
-    return copy
-
-
-def _is_set(config: GenerationConfig, name: str) -> bool:
-    neutral = {"temperature": (None, 1.0), "top_k": (None, 0, 50), "top_p": (None, 1.0)}
-    return getattr(config, name) not in neutral[name]

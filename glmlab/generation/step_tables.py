@@ -6,7 +6,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from glmlab.generation.decoding import DecodeError, DecodeStep, Stage
+from glmlab.generation.decoding import DecodeStep, Stage
+from glmlab.generation.preparation import DecodeError
 from glmlab.models.loading import LoadedModel
 
 STAGE_NAMES = {

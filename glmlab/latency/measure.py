@@ -15,7 +15,8 @@ import torch
 from transformers import GenerationConfig
 
 from glmlab.core.errors import GlmlabError
-from glmlab.generation.decoding import DecodeStep, Keep, context_limit, decode_steps
+from glmlab.generation.decoding import DecodeStep, Keep, decode_steps
+from glmlab.generation.preparation import context_limit
 from glmlab.memory.probes import MemoryProbe, ProbeError
 from glmlab.memory.provenance import run_provenance
 from glmlab.models.loading import LoadedModel
@@ -136,8 +137,9 @@ def endless_steps(loaded: LoadedModel, prompt: int, tokens: int) -> Iterator[Dec
         loaded,
         np.random.default_rng(0).integers(0, vocabulary, prompt).tolist(),
         max_new_tokens=tokens,
-        generation_config=GenerationConfig(eos_token_id=[], pad_token_id=0),
+        generation_config=GenerationConfig(pad_token_id=0),
         keep=Keep(top_k=0),
+        stops=False,
     )
 
 

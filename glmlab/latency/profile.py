@@ -34,7 +34,8 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from glmlab.generation.decoding import DecodeStep, context_limit
+from glmlab.generation.decoding import DecodeStep
+from glmlab.generation.preparation import context_limit
 from glmlab.latency.measure import WARM_UP_STEPS, LatencyError, conditions, device_errors, endless_steps
 from glmlab.models.loading import LoadedModel
 from glmlab.models.module_paths import follow_modules

@@ -126,7 +126,7 @@ def test_exact_length_on_request(session, monkeypatch):
     monkeypatch.setattr(decoding, "_run_processors", lambda *args: [seen.append(len(args[0])), run(*args)][1])
     turn = _last(session.say("你好", stops=False, max_new_tokens=90))
     assert (turn.generated_tokens, turn.stop_reason) == (90, "length")
-    assert session._stop_ids() & set(turn.token_ids)
+    assert set(session.loaded.model.generation_config.eos_token_id) & set(turn.token_ids)
     assert seen == [0] * 90  # no processor: none that would take memory in every step
 
 

@@ -14,12 +14,14 @@ from transformers import (
     GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     StaticCache,
 )
 
 from glmlab.generation.decoding import DecodeError, Keep, decode_steps, kv_bytes, reweigh
+from glmlab.generation.preparation import crop_cache
 from glmlab.models.loading import LoadedModel
 from glmlab.prompts.encoding import encode_chat
 
@@ -253,6 +255,35 @@ def test_every_act_has_its_time(embedded):
     assert all(step.caller_s >= 0.02 for step in steps[1:])
 
 
+def test_a_prompt_of_one_token(embedded):
+    steps = list(decode_steps(embedded, [5], max_new_tokens=2, stops=False))
+    assert [(step.input_shapes["input_ids"], step.context_length) for step in steps] == [((1, 1), 1), ((1, 1), 2)]
+    assert [[step.token_id for step in steps]] == _generated(embedded, [[5]], GenerationConfig(eos_token_id=None), 2)
+
+
+def test_no_stop_token_ends_a_run_that_does_not_stop(embedded):
+    prompt = encode_chat(embedded.tokenizer, [{"role": "user", "content": "你好"}])
+    *_, last = decode_steps(embedded, prompt, max_new_tokens=90, keep=Keep(top_k=0), stops=False)
+    assert (last.index, last.stop_reason) == (89, "length")
+
+
+def test_beyond_the_context_limit_it_warns(tiny_models):
+    with pytest.warns(UserWarning, match="the prompt has 129 tokens, but the model's context limit is 128"):
+        (step,) = decode_steps(tiny_models[0], [5] * 129, max_new_tokens=1)
+    assert step.context_length == 129
+
+
+def test_a_cache_past_its_sliding_window_cannot_forget():
+    config = MistralConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, sliding_window=4)
+    cache = DynamicCache(config=config)
+    cache.update(torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, 3, 8), 0)
+    crop_cache(cache, 2)
+    assert cache.get_seq_length() == 2
+    cache.update(torch.zeros(1, 1, 6, 8), torch.zeros(1, 1, 6, 8), 0)
+    with pytest.raises(DecodeError, match="a DynamicSlidingWindowLayer does not keep what came before its window"):
+        crop_cache(cache, 7)
+
+
 class TestReasons:
     """Act 4 in the cases that the host cannot decide by ids and length."""
 
@@ -383,9 +414,13 @@ def _greedy_with(**fields) -> GenerationConfig:
         ([[3], []], {}, "the prompt is empty"),
         ([5, 10**6], {}, r"the prompt holds id 1000000, but the vocabulary has ids 0 to \d+"),
         ([5, -1], {}, "the prompt holds id -1"),
-        ([5] * 8193, {}, "the prompt has 8193 tokens, but the model's context limit is 8192"),
         ([5], {"max_new_tokens": 0}, "max_new_tokens=0: at least one token"),
-        ([5], {"generation_config": GenerationConfig(num_beams=2)}, "beam search and several returned sequences"),
+        ([5], {"generation_config": GenerationConfig(num_beams=2)}, "beam search is not shown by this loop"),
+        (
+            [5],
+            {"generation_config": GenerationConfig(do_sample=True, num_return_sequences=2)},
+            "num_return_sequences=2 is not",
+        ),
         ([5], {"generation_config": GenerationConfig(min_new_tokens=9)}, "min_new_tokens=9 is more than max_new_tok"),
         ([5], {"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False: this loop feeds one token"),
         ([5], {"generation_config": GenerationConfig(penalty_alpha=0.5, top_k=4)}, "contrastive search is not shown"),

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from glmlab import ChatSession, decode_steps, encode_chat, load_model
-from glmlab.generation.decoding import DecodeError, Keep, new_cache
+from glmlab.generation.decoding import DecodeError, Keep
+from glmlab.generation.preparation import new_cache
 from glmlab.models.checkpoints import find_config
 from glmlab.models.compiling import CompiledForward, CompileWarning, make_room
 
