@@ -326,8 +326,8 @@ def figures(
     folder, wanted, default_out = find_figures(names or [])
     settings = FigureSettings(style, None if width is None else parse_width(width), lang)
     chosen_formats = [name.strip() for name in formats.split(",")]
-    for figure in redraw(folder, out or default_out, wanted, formats=chosen_formats, settings=settings):
-        typer.echo(str(figure))
+    for line in redraw(folder, out or default_out, wanted, formats=chosen_formats, settings=settings):
+        typer.echo(line)
     typer.echo(f"drawn from {folder}, saved in {out or default_out}")
 
 

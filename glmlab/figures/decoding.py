@@ -42,13 +42,7 @@ _CHOSEN = COLORS["kv"]
     empty="no steps to draw: generate at least one token.",
 )
 def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
-    """Draw all steps of a run side by side: tokens, surprisal, surviving candidates, the cache, the time of the acts.
-
-    Args:
-        steps: from ``steps_table``.
-
-    Returns:
-        A figure of four panels over the steps: bits, candidates, MiB, milliseconds.
+    """Draw a ``steps_table`` side by side: tokens, surprisal, surviving candidates, the cache, the time of the acts.
 
     Example:
         >>> steps = pd.DataFrame({"text": ["Hi", "!"], "surprisal_bits": [0.1, 2.0], "kv_bytes": [4096, 5120],
@@ -125,14 +119,9 @@ def _legend_inside(figure: SuiteFigure, axes: Axes, **place: Any) -> None:
     empty="no candidates to draw: record the step with Keep(top_k=...) of at least 1.",
 )
 def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
-    """Draw the best candidates before and after each processor and warper, the same token in the same row everywhere.
+    """Draw a ``candidates_table``: the best candidates before and after each processor and warper, one panel a stage.
 
-    Args:
-        candidates: from ``candidates_table``.
-
-    Returns:
-        A figure of one panel a stage; bars are probabilities, a cross is a candidate that was cut, the chosen token is
-        orange.
+    A token has the same row everywhere; a cross is a candidate that was cut, the chosen token is orange.
 
     Example:
         >>> table = pd.DataFrame({"stage": ["logits"] * 2, "survivors": [96] * 2, "rank": [1, 2], "token_id": [5, 7],
@@ -185,13 +174,9 @@ def _in_words(stage: pd.DataFrame) -> str:
     empty="no layers to draw: logit_lens gives the table.",
 )
 def lens_heatmap(lens: pd.DataFrame) -> SuiteFigure:
-    """Draw what each layer would have predicted: a row a layer, its best tokens from left to right, darker is likelier.
+    """Draw what each layer would have predicted (``logit_lens``): a row a layer, its best tokens from left to right.
 
-    Args:
-        lens: from ``logit_lens``.
-
-    Returns:
-        A heat map; the token that the step chose is framed wherever it shows.
+    Darker is likelier; the token that the step chose is framed wherever it shows.
 
     Example:
         >>> lens = pd.DataFrame({"layer": [0, 1], "name": ["embeddings", "layer 1"], "normed": [False, True],

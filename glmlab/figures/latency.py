@@ -88,11 +88,8 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
     """Draw milliseconds a token against context length: above measured (dots) and floor (line), below their ratio.
 
     Args:
-        table: rows of ``measure_decode`` with a column ``by`` that names the series and floor_ms (``roofline``).
-        by: the column that names the series.
-
-    Returns:
-        A figure of two panels over context tokens, both with logarithmic scales; the whiskers reach from p10 to p90.
+        table: rows of ``measure_decode`` with floor_ms (``roofline``) and a column that names the series.
+        by: that column.
 
     Example:
         >>> table = pd.DataFrame({"precision": ["fp32"] * 2, "context_tokens": [64, 1024], "token_ms": [1.0, 2.0],
@@ -143,11 +140,8 @@ def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
     """Draw the time to the first token against the length of the prompt.
 
     Args:
-        table: rows of ``measure_first_token`` with a column ``by`` that names the series.
-        by: the column that names the series.
-
-    Returns:
-        A figure of one panel with logarithmic scales; the grey line grows in proportion to the prompt.
+        table: rows of ``measure_first_token`` with a column that names the series.
+        by: that column.
     """
     with drawing(6.3, 3.6) as figure:
         axes = figure.subplots()
@@ -209,11 +203,8 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
     """Draw where the time of one token goes: one stacked bar a series, as long as the step.
 
     Args:
-        table: rows of ``profile_token`` with a column ``by`` that names the series.
-        by: the column that names the series.
-
-    Returns:
-        A figure of horizontal bars in milliseconds; the bar's end says their sum.
+        table: rows of ``profile_token`` with a column that names the series.
+        by: that column.
     """
     _check_looks("part", table["part"], TIME_LOOKS)
     series = {tr_label(str(name)): rows for name, rows in table.groupby(by, sort=False)}
@@ -242,14 +233,7 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
 
 @draws({"way": str, "poll_ms": float, "answers": bool}, empty="no rows to draw: measure something first.")
 def polling_chart(table: pd.DataFrame) -> SuiteFigure:
-    """Draw what it costs to read the memory in use, on a logarithmic scale.
-
-    Args:
-        table: from ``measure_polling``. A way that got no answer is drawn hollow.
-
-    Returns:
-        A figure of one bar a way, in milliseconds.
-    """
+    """Draw what it costs to read the memory in use (``measure_polling``); a way that got no answer is drawn hollow."""
     looks: dict[bool, Look] = {answers: {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
              for answers in sorted({bool(answers) for answers in table["answers"]}, reverse=True)}  # fmt: skip
     times_ms = table["poll_ms"].tolist()
@@ -282,14 +266,7 @@ def polling_chart(table: pd.DataFrame) -> SuiteFigure:
 
 @draws({"part": str, "kind": str, "seconds": float}, empty="no rows to draw: measure something first.")
 def account_chart(account: pd.DataFrame) -> SuiteFigure:
-    """Draw an account of a token's time as a waterfall: every part begins where the one above it ends.
-
-    Args:
-        account: from ``chapter_account``.
-
-    Returns:
-        A figure of one bar a part in milliseconds; floor, estimate, measurement and the rest have looks of their own.
-    """
+    """Draw a ``chapter_account`` of a token's time as a waterfall: every part begins where the one above it ends."""
     _check_looks("kind", account["kind"], _KIND_LOOKS)
     times_ms = account["seconds"] * 1e3
     ends_ms, total_ms = times_ms.cumsum(), times_ms.sum()
@@ -339,18 +316,12 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         card: what the line is called.
         card_mib: the card's memory.
 
-    Returns:
-        A figure of horizontal bars; memory in MiB, the total beside each name.
-
     Example:
         >>> parts = pd.DataFrame({"MLP": [2**30, 2**28], "KV payload": [2**20, 2**20]}, index=["bf16", "int4"])
         >>> precision_chart(parts, card="a card", card_mib=512).alt_text
         'Memory by precision: bf16 1,025 MiB (does not fit), int4 257 MiB (fits), against 512 MiB of a card.'
     """
-    _check_looks("part", parts.columns.drop("precision"), PRECISION_LOOKS)
-    stacked = parts.set_index("precision") / MIB
-    if (stacked < 0).any(axis=None):
-        raise FigureError("a part has less than 0 bytes. Give bytes.")
+    stacked = _in_mib(parts)
     totals = stacked.sum(axis=1)
     widest = max(float(totals.max()), card_mib)
     with drawing(6.3, 1.7 + 0.55 * len(stacked), axes_grid_axis="x", axes_axisbelow=True) as figure:
@@ -358,13 +329,12 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         left = pd.Series(0.0, index=stacked.index)
         for part, (color, hatch) in PRECISION_LOOKS.items():
             if part in stacked:
-                widths = stacked[part]
-                label = tr(part) if widths.max() >= _LISTED_FROM * widest else "_nolegend_"
+                label = tr(part) if stacked[part].max() >= _LISTED_FROM * widest else "_nolegend_"
                 look: Look = {"color": color, "hatch": hatch, "label": label, "height": 0.62}
-                axes.barh(range(len(stacked)), widths, left=left, **look)
-                left = left + widths
-        card_label = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
-        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=card_label, zorder=3)
+                axes.barh(range(len(stacked)), stacked[part], left=left, **look)
+                left = left + stacked[part]
+        label = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
+        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=label, zorder=3)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
         axes.set_xlim(0, widest * 1.02)
@@ -372,14 +342,13 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         _name_bars(axes, [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()])
         legend_below(figure, *axes.get_legend_handles_labels(), ncols=4)
         _write_lengths(figure, axes)
-    verdicts = ", ".join(
-        tr("{precision} {total:,.0f} MiB ({verdict})", precision=precision, total=total,
-           verdict=tr("fits") if total <= card_mib else tr("does not fit"))
-        for precision, total in totals.items()
-    )  # fmt: skip
+    verdicts = []
+    for precision, total in totals.items():
+        told = {"total": total, "verdict": tr("fits") if total <= card_mib else tr("does not fit")}
+        verdicts.append(tr("{precision} {total:,.0f} MiB ({verdict})", precision=precision, **told))
     figure.alt_text = tr(
         "Memory by precision: {verdicts}, against {card_mib:,.0f} MiB of {card}.",
-        verdicts=verdicts, card_mib=card_mib, card=card,
+        verdicts=", ".join(verdicts), card_mib=card_mib, card=card,
     )  # fmt: skip
     figure.caption = tr(
         "What a model needs in each precision: weights by component, what quantisation keeps beside them, keys and "
@@ -388,6 +357,14 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         card=card,
     )
     return figure
+
+
+def _in_mib(parts: pd.DataFrame) -> pd.DataFrame:
+    """The parts in MiB, a row a precision; FigureError for an unknown part or fewer than 0 bytes."""
+    _check_looks("part", parts.columns.drop("precision"), PRECISION_LOOKS)
+    if (parts.drop(columns="precision") < 0).any(axis=None):
+        raise FigureError("a part has less than 0 bytes. Give bytes.")
+    return parts.set_index("precision") / MIB
 
 
 def _write_lengths(figure: SuiteFigure, axes: Axes) -> None:

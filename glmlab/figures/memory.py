@@ -116,9 +116,6 @@ def memory_curve(curves: pd.DataFrame) -> SuiteFigure:
             or ``rss_mib`` where it has no GPU. A curve that counts characters only is placed by the first curve that
             counts both.
 
-    Returns:
-        A figure of two panels over context tokens, with characters on the upper axis; memory in MiB.
-
     Example:
         >>> table = pd.DataFrame({"step": [0, 9], "turn": [0, 1], "context_tokens": [0, 900],
         ...     "context_characters": [0, 1500], "used_mib": [4710.0, 4736.0], "kv_mib": [0.0, 24.6]})
@@ -264,9 +261,6 @@ def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
     Args:
         parts: a forecast, or its ``components_table``.
         label: what is forecast; that of the Curve.
-
-    Returns:
-        A figure of two panels over steps of context; memory in MiB. Turns begin at the vertical lines.
     """
     stacked = parts[list(COMPONENT_LOOKS)]
     missed = float((stacked.sum(axis=1) - parts["used_mib"]).abs().max())
@@ -363,13 +357,11 @@ def segments_table(segments: Sequence[SegmentView], owners: Sequence[str]) -> pd
 def pool_map(blocks: pd.DataFrame, *, tokens: int | None = None) -> SuiteFigure:
     """Draw the allocator's segments that are not full: every segment a bar, every block coloured by its owner.
 
+    Full segments, such as those of the weights, are counted in the titles only.
+
     Args:
         blocks: from ``segments_table``.
         tokens: the context length at that moment.
-
-    Returns:
-        A figure of two panels, small pool and large pool; bars in MiB from each segment's start. Full segments, such as
-        those of the weights, are counted in the panel's title only.
     """
     looks = blocks["holds"].map(_pool_look)
     beside = current_settings().layout_width_in(6.3) >= _LEAST_WIDTH_BESIDE_IN

@@ -47,13 +47,9 @@ def _with_hex(table: pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
     convert=_with_hex,
 )
 def prompt_figure(table: pd.DataFrame) -> SuiteFigure:
-    """Draw every token of a prompt as a chip on its role's colour, its id below: special tokens in full colour.
+    """Draw every token of a prompt (``dissect``) as a chip on its role's colour, its id below: at most 400 tokens.
 
-    Args:
-        table: from ``dissect``, or rows of one; at most 400 tokens.
-
-    Returns:
-        One paragraph a message, wrapped to the width of a page; as tall as it needs to be.
+    Special tokens have the full colour. A message is a paragraph, wrapped to the width of a page.
 
     Example:
         >>> table = pd.DataFrame({"id": [64795], "piece": ["<|user|>"], "text": [""], "bytes": [b""], "role": ["user"],
@@ -132,11 +128,9 @@ def _chip_text(row: Mapping[Any, Any]) -> str:
     empty="no segments to draw: give the parts of at least one prompt.",
 )
 def format_figure(segments: pd.DataFrame) -> SuiteFigure:
-    """Draw the same conversation in several chat formats, side by side, every part on its role's colour.
+    """Draw the same conversation in several chat formats (``segment_table``), side by side, on the roles' colours.
 
-    Args:
-        segments: from ``segment_table``: format, kind, role, text. What the format adds to the message texts is drawn
-            in full colour; lines break where the format has a line break, and where a column ends.
+    What the format adds to the message texts has the full colour.
 
     Example:
         >>> table = pd.DataFrame({"format": ["GLM-4"] * 2, "kind": ["role", "text"], "role": ["user"] * 2,
@@ -210,10 +204,7 @@ def _with_last(transitions: pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
 
 @draws({"last": str}, empty="no roles to draw: role_transitions gives the table.", convert=_with_last)
 def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
-    """Draw which role may follow which: rows what came last, columns what comes next.
-
-    Args:
-        transitions: from ``role_transitions``.
+    """Draw which role may follow which (``role_transitions``): rows what came last, columns what comes next.
 
     Example:
         >>> roles_figure(pd.DataFrame({"user": [True, False]}, index=["start", "user"])).alt_text
@@ -257,10 +248,7 @@ def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
     empty="no turns to draw: give messages of at least one turn.",
 )
 def growth_figure(growth: pd.DataFrame) -> SuiteFigure:
-    """Draw the prompt of every turn: what is the old prompt, what the answer, what is new to the model.
-
-    Args:
-        growth: from ``prompt_growth``.
+    """Draw a ``prompt_growth``: what of every turn's prompt is the old prompt, the answer to it, and new to the model.
 
     Example:
         >>> growth = pd.DataFrame({"turn": [1, 2], "prompt_tokens": [7, 20], "kept_tokens": [0, 7],

@@ -165,7 +165,10 @@ def _picture(figure: SuiteFigure, file_format: str, title: str) -> bytes:
         metadata = {"Title": title, "Creator": "glmlab", "Date": date.isoformat() if date else None}
     picture = BytesIO()
     with matplotlib.rc_context(style_rc(figure.settings)):
-        figure.savefig(picture, format=file_format, metadata=metadata)
+        try:
+            figure.savefig(picture, format=file_format, metadata=metadata)
+        except ValueError as error:  # such as a PNG of more pixels than matplotlib draws
+            raise FigureError(f"{title}.{file_format} cannot be drawn: {error}") from error
     return _described(picture.getvalue(), figure) if file_format == "svg" else picture.getvalue()
 
 
@@ -203,21 +206,6 @@ def _facts(provenance: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 # -- drawing saved figures again ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Redrawn:
-    """A figure that was drawn again."""
-
-    name: str
-    files: tuple[Path, ...]
-    width_mm: float
-    asked_mm: float | None
-
-    def __str__(self) -> str:
-        wider = self.asked_mm is not None and self.width_mm > self.asked_mm + 0.5
-        why = f" ({self.asked_mm:g} mm asked: narrower, its letters would be too small)" if wider else ""
-        return f"{self.name}: {self.width_mm:.0f} mm{why}"
-
-
 def saved_figures(folder: Path) -> list[str]:
     """Names of the figures that a folder keeps, in alphabetical order: every .json that names a drawing function."""
     return [path.stem for path in sorted(folder.glob("*.json")) if b'"function"' in path.read_bytes()]
@@ -249,8 +237,8 @@ def redraw(
     names: Sequence[str] = (),
     *,
     formats: Sequence[str] = FORMATS,
-    settings: FigureSettings | None = None,
-) -> Iterator[Redrawn]:
+    settings: FigureSettings = FigureSettings(),  # noqa: B008 - frozen
+) -> Iterator[str]:
     """Draw saved figures again from their csv and json, and save each as :func:`save_figure` does.
 
     Args:
@@ -261,13 +249,12 @@ def redraw(
         settings: style, width and language; a figure that needs more than the width keeps its least width.
 
     Returns:
-        The figures, one after the other as they are drawn.
+        A line on each figure as it is saved: its name and width.
 
     Raises:
         FigureError: a folder or figure that is not there, a file that is not what :func:`save_figure` writes, an
             unknown format, or ``out`` is a file.
     """
-    asked = settings or FigureSettings()
     _check_formats(formats)
     if not folder.is_dir():
         raise FigureError(f"{folder} is not a folder. Give one that keeps saved figures, or run make notebooks first.")
@@ -278,14 +265,17 @@ def redraw(
         raise FigureError(f"figure {unknown[0]!r} is not known in {folder}. Choose from {', '.join(known)}.")
     if out.exists() and not out.is_dir():
         raise FigureError(f"{out} is a file, so no figures can go into it. Give another --out.")
-    return (_redrawn(folder / name, out / name, formats, asked) for name in dict.fromkeys(names or known))
+    return (_redrawn(folder / name, out / name, formats, settings) for name in dict.fromkeys(names or known))
 
 
-def _redrawn(stem: Path, out: Path, formats: Sequence[str], settings: FigureSettings) -> Redrawn:
+def _redrawn(stem: Path, out: Path, formats: Sequence[str], settings: FigureSettings) -> str:
     with figure_settings(style=settings.style, width_mm=settings.width_mm, lang=settings.lang):
         figure, provenance = read_figure(stem)
-    files = save_figure(figure, out, provenance=provenance, formats=formats)
-    return Redrawn(stem.name, tuple(files), float(figure.get_figwidth()) * _MM_PER_INCH, settings.width_mm)
+    save_figure(figure, out, provenance=provenance, formats=formats)
+    width_mm = figure.get_figwidth() * _MM_PER_INCH
+    wider = settings.width_mm is not None and width_mm > settings.width_mm + 0.5
+    why = f" ({settings.width_mm:g} mm asked: narrower, its letters would be too small)" if wider else ""
+    return f"{stem.name}: {width_mm:.0f} mm{why}"
 
 
 def read_figure(stem: Path) -> tuple[SuiteFigure, Mapping[str, Any]]:

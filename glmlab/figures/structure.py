@@ -120,14 +120,12 @@ def class_diagram(table: pd.DataFrame, *, max_lines: int = 8) -> SuiteFigure:
     that are overridden in the picture are in italics. A class that inherits from nn.Module and is no ancestor of the
     roots says so under its name, instead of by an arrow through the whole picture.
 
+    The figure is at most as wide as a page. At a smaller width it is drawn smaller, down to letters of 6 pt; a diagram
+    whose letters would be smaller stays wider.
+
     Args:
         table: a ClassGraph, filtered with :meth:`ClassGraph.select`, or its ``to_frame()``.
         max_lines: most attributes and most members in one box; the rest is counted.
-
-    Returns:
-        A figure as large as the diagram: at most as wide as a page, or as the width that is set (``figure_settings``),
-        in which it is drawn smaller, down to letters of 6 pt. A diagram whose letters would be smaller stays wider than
-        that width.
 
     Example:
         >>> from glmlab.structure.graph import ClassNode, build_graph
@@ -231,8 +229,7 @@ def _bounds(layout: Any) -> tuple[float, ...]:
 def _readable_layout(boxes: dict[str, _Box], arrows: Sequence[Arrow], width_in: float) -> tuple[Any, float]:
     """The first layout whose text prints readably at the width, else on a page, else the one that prints largest there.
 
-    Returns:
-        The layout, and how many times smaller it is drawn: more than is readable only where a page has no more room.
+    With it comes how many times smaller it is drawn: more than is readable only where a page has no more room.
     """
     layouts: list[Any] = []
     for rows in _ROWS:
@@ -390,18 +387,12 @@ def module_tree_figure(table: pd.DataFrame, *, name: str = "") -> SuiteFigure:
     Args:
         table: from :func:`glmlab.structure.module_tree.module_tree`, or its table.
         name: of the model; that of the tree.
-
-    Returns:
-        A figure of the page's width, or of the width that is set (``figure_settings``), but no narrower than its
-        columns. Dark bars are bytes that no row below shows; they add up to the whole.
     """
     titles = [tr(title) for title in (msg("module"), msg("parameters"), msg("bytes"), msg("step returns"))]
-    numbers = table["parameters"].map("{:,}".format), table["bytes"].map(format_bytes), table["output_shape"]
-    rows = list(zip(table["label"], *numbers, strict=True))
+    numbers = table["parameters"].map("{:,}".format), table["bytes"].map(format_bytes)
+    rows = list(zip(table["label"], *numbers, table["output_shape"], strict=True))
     indents = _MARGIN_IN + _INDENT_IN * table["level"].to_numpy()
-    end = max(text_width_in(row[0], _ROW_PT) * 1.1 + indent for row, indent in zip(rows, indents, strict=True))
-    columns = list(zip(titles, *rows, strict=True))[1:]
-    ends = [end := end + _GAP_IN + max(text_width_in(text, _ROW_PT) for text in column) * 1.1 for column in columns]
+    ends = _column_ends(titles, rows, indents)
     bar_left = ends[-1] + _GAP_IN
     width = max(current_settings().layout_width_in(PAGE_WIDTH_IN), bar_left + _LEAST_BAR_IN + _SHARE_IN)
     note = tr(
@@ -427,11 +418,11 @@ def module_tree_figure(table: pd.DataFrame, *, name: str = "") -> SuiteFigure:
             axes.barh(-line, of_own * room, left=bar_left, height=0.62, color=_OWN_COLOR, zorder=2)
             _cell(axes, f"{share:.1%}", bar_left + share * room + 0.05, -line)
         axes.text(_MARGIN_IN, -len(rows) - 0.65, note, fontsize=pt(_ROW_PT), verticalalignment="top")
-    largest = table.iloc[int(own.argmax())]
     figure.alt_text = tr(
         "Module tree of {name}: {parameters:,} parameters in {size}. The largest share of bytes, {share:.0%}, is in "
         "{module}.",
-        name=name, parameters=table["parameters"].iloc[0], size=rows[0][2], module=largest["module"], share=own.max(),
+        name=name, parameters=table["parameters"].iloc[0], size=rows[0][2], share=own.max(),
+        module=table["module"].iloc[int(own.argmax())],
     )  # fmt: skip
     figure.caption = tr(
         "Modules of {name} with their parameters, bytes and the shape that each returns in one decode step. Equal "
@@ -439,6 +430,13 @@ def module_tree_figure(table: pd.DataFrame, *, name: str = "") -> SuiteFigure:
         name=name,
     )
     return figure
+
+
+def _column_ends(titles: Sequence[str], rows: Sequence[Sequence[str]], indents: Any) -> list[float]:
+    """Right edges of the columns after the first, in inches."""
+    end = max(text_width_in(row[0], _ROW_PT) * 1.1 + indent for row, indent in zip(rows, indents, strict=True))
+    columns = list(zip(titles, *rows, strict=True))[1:]
+    return [end := end + _GAP_IN + max(text_width_in(text, _ROW_PT) for text in column) * 1.1 for column in columns]
 
 
 def _write_row(axes: Axes, y: float, cells: Sequence[str], left: float, ends: Sequence[float], **look: Any) -> None:

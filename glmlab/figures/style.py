@@ -86,19 +86,12 @@ class FigureError(GlmlabError):
     """A figure cannot be drawn, saved or read as asked."""
 
 
-@dataclass(frozen=True)
-class Style:
-    """A medium: how much larger than on paper everything is, and the dots per inch of a PNG."""
-
-    scale: float
-    dpi: int
-
-
 STYLES = {
-    "paper": Style(scale=1.0, dpi=200),  # text of 9 pt
-    "slide": Style(scale=1.6, dpi=150),  # 14 pt: as wide as a slide of 10 inches
-    "web": Style(scale=1.15, dpi=192),  # 14 CSS pixels, for screens of twice the density
+    "paper": (1.0, 200),  # text of 9 pt
+    "slide": (1.6, 150),  # 14 pt: as wide as a slide of 10 inches
+    "web": (1.15, 192),  # 14 CSS pixels, for screens of twice the density
 }
+"""Medium -> how much larger than on paper everything is, and the dots per inch of a PNG."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +116,7 @@ class FigureSettings:
     @property
     def scale(self) -> float:
         """How many times larger than on paper everything is drawn."""
-        return STYLES[self.style].scale
+        return STYLES[self.style][0]
 
     def layout_width_in(self, natural_in: float) -> float:
         """Inches, as on paper, in which a figure lays itself out; ``natural_in`` where no width is set."""
@@ -251,7 +244,7 @@ def style_rc(settings: FigureSettings) -> dict[Any, Any]:
     sizes = {name: STYLE[name] for name in _POINT_SIZES}
     sizes |= {name: matplotlib.rcParamsDefault[name] for name in _OTHER_POINT_SIZES}  # type: ignore[index]
     scaled = {name: size * settings.scale for name, size in sizes.items()}
-    return {**STYLE, **scaled, "savefig.dpi": STYLES[settings.style].dpi}
+    return {**STYLE, **scaled, "savefig.dpi": STYLES[settings.style][1]}
 
 
 class SuiteFigure(Figure):
@@ -278,12 +271,10 @@ class SuiteFigure(Figure):
 
 
 def picture_bundle(png: bytes, alt: str, width: int, height: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A PNG as a notebook's output (data and metadata), with its alt text wherever the notebook is shown.
+    """A PNG as a notebook's output (data and metadata), with its alt text; width and height are CSS pixels.
 
     The metadata keep the alt text in the file. Neither JupyterLab nor nbconvert reads it there, so the same picture is
     given in HTML too, which both prefer.
-
-    Width and height are CSS pixels, as it is shown.
 
     Example:
         >>> data, metadata = picture_bundle(b"...", "Memory < 8 GiB", 604, 441)

@@ -38,17 +38,10 @@ def test_dots_are_measured_lines_are_floors(times):
     assert [line.get_ydata().tolist() for line in dots] == [[2.0, 4.0], [3.0, 6.0]]
     ratios = [line.get_ydata() for line in below.get_lines() if line.get_linestyle() == ":"]
     assert [list(ratio) for ratio in ratios] == [[4.0, 8.0], [6.0, 12.0]]
-
-
-def test_the_curve_says_itself_in_words(times):
-    text = latency_curve(times).alt_text
-    assert "fp32: 2.00 ms at 64 tokens" in text
-    assert "4 to 12 times the floor" in text
-
-
-def test_series_by_another_column(times):
     renamed = times.rename(columns={"precision": "way"}).replace({"fp32": "eager", "int4": "compiled"})
-    assert "eager: 2.00 ms" in latency_curve(renamed, by="way").alt_text
+    words = latency_curve(renamed, by="way").alt_text
+    assert "eager: 2.00 ms at 64 tokens" in words
+    assert "4 to 12 times the floor" in words
 
 
 def test_the_first_token_beside_what_would_be_in_proportion():
@@ -112,13 +105,10 @@ class TestPrecisions:
         figure = precision_chart(parts, card="a card", card_mib=512)
         (line,) = figure.axes[0].get_lines()
         assert list(line.get_xdata()) == [512, 512]
+        assert precision_chart(parts, card="a card", card_mib=80_000).axes[0].get_xlim()[1] > 80_000
         assert "bf16 806 MiB (does not fit), int4 206 MiB (fits), against 512 MiB of a card" in figure.alt_text
         (legend,) = figure.legends  # without what is too thin to be seen
         assert [text.get_text() for text in legend.get_texts()] == ["a card: 512 MiB", "MLP", "KV payload"]
-
-    def test_a_card_beyond_every_bar_is_still_in_the_picture(self, parts):
-        (axes,) = precision_chart(parts, card="a card", card_mib=80_000).axes
-        assert axes.get_xlim()[1] > 80_000
 
     @pytest.mark.parametrize(
         ("change", "message"),
