@@ -14,7 +14,14 @@ from glmlab.figures.latency import (
     precision_chart,
     token_parts_chart,
 )
-from glmlab.figures.memory import component_chart, curves_table, memory_curve, pool_map, segments_table
+from glmlab.figures.memory import (
+    component_chart,
+    curves_table,
+    memory_curve,
+    memory_vs_context,
+    pool_map,
+    segments_table,
+)
 from glmlab.figures.prompts import format_figure, growth_figure, prompt_figure, roles_figure
 from glmlab.figures.saving import FORMATS, read_figure, redraw, save_figure
 from glmlab.figures.structure import class_diagram, module_tree_figure
@@ -39,6 +46,7 @@ __all__ = [
     "latency_curve",
     "lens_heatmap",
     "memory_curve",
+    "memory_vs_context",
     "module_tree_figure",
     "polling_chart",
     "pool_map",

@@ -95,11 +95,13 @@ def curves_table(curves: Sequence[Curve] | pd.DataFrame) -> pd.DataFrame:
 
 def _corners(table: pd.DataFrame) -> pd.DataFrame:
     """The rows at which a line through any column bends, or used_mib steps: lines through them are the same."""
-    change = table.diff()
+    change = table.drop(columns="reported_mib", errors="ignore").diff()
     bends = (change.diff().shift(-1).abs() > 1e-9).any(axis=1)
     steps = change["used_mib"] != 0
     keep = bends | steps | steps.shift(-1, fill_value=True)
     keep.iloc[[0, min(1, len(keep) - 1), -1]] = True
+    if "reported_mib" in table:
+        keep |= table["reported_mib"].notna()
     return table[keep]
 
 
@@ -149,6 +151,70 @@ def memory_curve(curves: pd.DataFrame) -> SuiteFigure:
         "the next, and hollow marks are what others report. Dashed lines are the exact KV payload."
     )
     return figure
+
+
+@draws(
+    {"number": int, "curve": str, "kind": str, "context_tokens": float},
+    empty="no curve to draw: give at least one recording or forecast.",
+    convert=lambda data: (curves_table(data), {}),
+)
+def memory_vs_context(curves: pd.DataFrame) -> SuiteFigure:
+    """Draw the chapter's chart: a log that others reported over its forecast, and below what was measured here.
+
+    Args:
+        curves: Curves, or their ``curves_table``; each counts tokens. Reported and forecast ones share the upper panel,
+            measured ones the lower, which has axes of its own.
+
+    Returns:
+        A figure of at most two panels; memory in MiB over context tokens. The lower panel shows growth since loading
+        beside the exact KV payload.
+    """
+    each = [rows.dropna(axis="columns", how="all") for _, rows in curves.groupby("number", sort=False)]
+    measured = [rows for rows in each if (rows["kind"] == "measured").all()]
+    others = [rows for rows in each if not (rows["kind"] == "measured").all()]
+    n_panels = bool(measured) + bool(others)
+    with drawing(6.3, 2.9 * n_panels) as figure:
+        panels = figure.subplots(n_panels, 1, squeeze=False)[:, 0]
+        for rows in others:
+            _draw_used(panels[0], rows)
+        for rows in measured:
+            _draw_growth(panels[-1], rows)
+        for axes in panels:
+            axes.margins(x=0.03, y=0.12)
+            axes.legend(loc="lower right" if others and axes is panels[0] else "upper left", fontsize=pt(7))
+        panels[-1].set_xlabel(tr("context length (tokens)"))
+    figure.alt_text = " ".join([tr("Memory against context length."), *map(_in_words, each)])
+    figure.caption = tr(
+        "Memory against the length of the context. Above, what others reported (hollow marks) over a forecast (solid "
+        "line); below, on axes of its own, what was measured (dots) beside the exact KV payload (dashed)."
+    )
+    return figure
+
+
+def _draw_used(axes: Axes, rows: pd.DataFrame) -> None:
+    """A forecast as a line, or what others reported as hollow marks."""
+    look: Look = {"color": COLORS["used"], "drawstyle": "steps-post"}
+    if rows["kind"].iloc[0] == "reported":
+        look = {"color": COLORS["kv copies"], "marker": "o", "markerfacecolor": "white", "linestyle": "none"}
+        look |= {"markersize": pt(4), "zorder": 3}
+    axes.plot(rows["context_tokens"].astype(float), rows[_memory_of(rows)].astype(float), label=_label(rows), **look)
+    axes.set_ylabel(tr("GPU memory used (MiB)"))
+
+
+def _draw_growth(axes: Axes, rows: pd.DataFrame) -> None:
+    """What was measured, from its first row on, beside the exact payload."""
+    tokens, memory = rows["context_tokens"].astype(float), rows[_memory_of(rows)].astype(float)
+    look: Look = {"color": COLORS["used"], "marker": "s", "markersize": pt(4), "linestyle": ":", "linewidth": pt(0.8)}
+    axes.plot(tokens, memory - memory.iloc[0], label=_label(rows), **look)
+    if "kv_mib" in rows:
+        payload = rows["kv_mib"].astype(float)
+        label = tr("{label}, KV payload (exact)", label=tr_label(rows["curve"].iloc[0]))
+        axes.plot(tokens, payload - payload.iloc[0], color=COLORS["kv"], linestyle="--", label=label)
+    axes.set_ylabel(tr("growth since loading (MiB)"))
+
+
+def _label(rows: pd.DataFrame) -> str:
+    return tr("{label} ({kind})", label=tr_label(rows["curve"].iloc[0]), kind=tr_label(rows["kind"].iloc[0]))
 
 
 def _memory_of(rows: pd.DataFrame) -> str:
@@ -238,6 +304,8 @@ def _add_character_axis(figure: SuiteFigure, axes: Axes, ruler: _Ruler) -> None:
 def components_table(curve: Curve | pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
     """What :func:`component_chart` shows of a forecast: used_mib and its components, at the steps where a line bends.
 
+    A column ``reported_mib`` (what others measured, where they did) is kept.
+
     Raises:
         FigureError: the curve has no components.
     """
@@ -247,7 +315,8 @@ def components_table(curve: Curve | pd.DataFrame) -> tuple[pd.DataFrame, Argumen
     if missing:
         raise FigureError(f"curve {curve.label!r} has no components ({missing[0]}). Give a forecast.")
     table = curve.table.assign(weights_mib=curve.table[list(WEIGHT_COLUMNS)].sum(axis=1))
-    return _corners(table[["turn", "context_tokens", "used_mib", *COMPONENT_LOOKS]]), {"label": curve.label}
+    reported = table.columns.intersection(["reported_mib"])
+    return _corners(table[["turn", "context_tokens", "used_mib", *COMPONENT_LOOKS, *reported]]), {"label": curve.label}
 
 
 @draws(
@@ -255,12 +324,20 @@ def components_table(curve: Curve | pd.DataFrame) -> tuple[pd.DataFrame, Argumen
     empty="no step to draw: give a forecast of at least one.",
     convert=components_table,
 )
-def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
+def component_chart(parts: pd.DataFrame, *, label: str = "", marks: str = "") -> SuiteFigure:
     """Draw a forecast by component: above stacked up to what is used, below how each changed since the first step.
 
     Args:
-        parts: a forecast, or its ``components_table``.
+        parts: a forecast, or its ``components_table``; ``reported_mib`` is drawn over it as hollow marks.
         label: what is forecast; that of the Curve.
+        marks: contexts to point out, such as ``"1923: last rise; 2049: K and V leave the small pool"``.
+
+    Returns:
+        A figure of two panels over steps of context; memory in MiB. Turns begin at the vertical lines. The upper axis
+        starts below the top of weights and quantisation state, which do not change.
+
+    Raises:
+        FigureError: components that do not add up to used_mib, or a mark without a number of tokens.
     """
     stacked = parts[list(COMPONENT_LOOKS)]
     missed = float((stacked.sum(axis=1) - parts["used_mib"]).abs().max())
@@ -276,7 +353,12 @@ def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
         )  # fmt: skip
         used: Look = {"color": COLORS["used"], "drawstyle": "steps-post"}
         above.plot(tokens, parts["used_mib"], label=tr("used (forecast)"), **used)
+        if "reported_mib" in parts:
+            hollow: Look = {"color": COLORS["used"], "markerfacecolor": "white", "marker": "o", "linestyle": "none"}
+            above.plot(tokens, parts["reported_mib"], label=tr("used (reported)"), markersize=pt(3.5), **hollow)
         above.set_ylabel(tr("memory (MiB)"))
+        constant = float((parts["weights_mib"] + parts["quantisation_state_mib"]).min())
+        above.set_ylim(bottom=constant - (constant % 200 or 200), top=1.02 * float(parts["used_mib"].max()))
         first = min(1, len(parts) - 1)
         changes = (parts - parts.iloc[first])[first:]
         for column, (_, color, line, _) in COMPONENT_LOOKS.items():
@@ -290,6 +372,7 @@ def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
             below.axvline(start, color=GRID_COLOR, linewidth=pt(0.5), zorder=0)
         for axes in (above, below):
             axes.margins(x=0)
+        _point_out(below, marks)
         legend_below(figure, *above.get_legend_handles_labels(), ncols=3)
     last = parts.iloc[-1]
     shares = [f"{tr(look[0])} {last[name]:.0f}" for name, look in COMPONENT_LOOKS.items() if last[name] >= 0.5]
@@ -305,6 +388,23 @@ def component_chart(parts: pd.DataFrame, *, label: str = "") -> SuiteFigure:
         label=tr_label(label),
     )
     return figure
+
+
+def _point_out(axes: Axes, marks: str) -> None:
+    """Dotted lines with words beside them, at contexts such as ``"1923: last rise; 2049: ..."``."""
+    left, right = axes.get_xlim()
+    for row, mark in enumerate(filter(None, marks.split(";"))):
+        tokens, colon, words = mark.partition(":")
+        if not (colon and tokens.strip().isdecimal()):
+            raise FigureError(f"the mark {mark.strip()!r} is not 'tokens: words', such as '2049: pools change'.")
+        at = int(tokens)
+        axes.axvline(at, color=COLORS["used"], linestyle=":", linewidth=pt(0.8), zorder=1)
+        is_left = at - left > 0.25 * (right - left)  # its words stand left of the line, where curves are still low
+        axes.annotate(
+            f"{at:,}: {tr_label(words.strip())}", (at, 0.34 - 0.09 * row), xycoords=("data", "axes fraction"),
+            xytext=(pt(-3 if is_left else 3), 0), textcoords="offset points", ha="right" if is_left else "left",
+            va="top", fontsize=pt(7), bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
 
 
 # -- pools -------------------------------------------------------------------------------------------------------------
