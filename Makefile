@@ -34,7 +34,7 @@ lab: $(INSTALLED)  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --LabApp.default_url=/lab/tree/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 test: lint  ## lint, types and tests
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --durations=15
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff check .

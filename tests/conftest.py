@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import lab_driver
 import nbformat
 import pytest
@@ -26,6 +27,11 @@ from glmlab.suite.notebooks import execute_notebook, normalize
 
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, Page
+
+hypothesis.settings.register_profile(  # a slow machine fails no test
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 

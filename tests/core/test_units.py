@@ -1,4 +1,4 @@
-"""Bytes in words."""
+"""Bytes for a reader."""
 
 import pytest
 
