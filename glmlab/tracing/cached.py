@@ -19,16 +19,16 @@ _PACKAGES = ("torch", "transformers", "bitsandbytes")
 
 
 def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
-    """Every allocation and free of loading, prefills and decode steps, for any turns.
+    """Trace every allocation and free of loading, prefills and decode steps, for any turns.
 
     Args:
         settings: those of a forecast: ``forecast.workload.trace_settings()``.
         refresh: trace again, whatever the cache holds.
 
     Raises:
-        TraceError: the config describes no model that can be built or run, sizes are not affine in the context length,
-            the order of events changes, or something stays alive that nobody is known to hold; a static cache or a
-            sliding window that is too short to trace.
+        CheckpointError: no model can be built from the config.
+        TraceError: the model cannot run; a size is not affine in the context length, the order of events changes, or
+            something stays alive that nobody is known to hold; a static cache or a sliding window is too short.
 
     Example:
         >>> from glmlab.models.checkpoints import find_config, read_config_json

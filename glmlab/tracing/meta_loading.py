@@ -51,7 +51,7 @@ class _CheckpointTensor:
 
 
 def load_on_meta(recorder: AllocationRecorder, model: Any, precision: str, stored_dtype: torch.dtype | None) -> Any:
-    """Load ``model`` within :func:`~glmlab.tracing.recorder.record_allocations`; return it.
+    """Load ``model`` while :func:`~glmlab.tracing.recorder.record_allocations` records; return it.
 
     Args:
         recorder: its current row is the loading.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 
@@ -192,7 +193,7 @@ class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shape, stride, dtype = known
             return torch.empty_strided(shape, stride, dtype=dtype, device=META)
         result = func(*args, **kwargs)
-        inputs = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
         if result.device.type == "meta" and result.untyped_storage()._cdata not in inputs:  # _unsafe_view is a view
             whole = torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device=META)
             if whole.untyped_storage().nbytes() == result.untyped_storage().nbytes():
@@ -216,11 +217,3 @@ def _signature(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple([_signature(part) for part in value])
     return (type(value), value)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)

@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from glmlab.core.errors import GlmlabError
 from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
 from glmlab.models.module_paths import follow_modules
@@ -42,16 +41,14 @@ ONE_TOKEN_CONVERSATIONS = (
     ((1, 2),),
     ((1, 1),),
 )
-"""Recorded beside them where prompts of one token are asked for: such a prefill is another."""
+"""Recorded too where a prompt has a single token."""
 
-LONGEST = max(sum(p + a - 1 for p, a in conversation) for conversation in CONVERSATIONS)
-MODEL_TYPES = ("chatglm", "glm", "glm4", "qwen2", "llama", "mistral")
-"""Architectures whose traces the tests run; another causal language model is traced all the same if it can be."""
+LONGEST = max(sum(prompt + generated - 1 for prompt, generated in turns) for turns in CONVERSATIONS)
+"""Context length that the recorded conversations reach."""
 
-_LOADING = {
-    "checkpoint": "loaded by from_pretrained(device_map=...)",
-    "random": "built from the config with random weights",
-}
+MODEL_TYPES = ("chatglm", "glm", "llama", "mistral", "qwen2", "starcoder2")
+"""Architectures that the tests trace; another causal language model is traced as well if it can be."""
+
 _READ_ON_HOST = 2**20
 """Elements of the largest tensor whose values the host may read; larger ones are weights on their way."""
 
@@ -67,28 +64,17 @@ def record_trace(settings: TraceSettings) -> AllocationTrace:
             f"a static cache of {settings.static_tokens} tokens is shorter than the {LONGEST} tokens that tracing "
             f"needs. Use static_tokens={LONGEST} or more."
         )
-    try:
-        config = load_config(settings.config)
-        config._attn_implementation = settings.attention
-        stored_dtype = config.dtype
-        config.dtype = dtype_beside(config, settings.precision, torch.device("cuda"))
-        model: Any = build_skeleton(config).eval()
-    except GlmlabError:
-        raise
-    except Exception as error:
-        raise TraceError(
-            f"{settings.name}: no model can be built from this config ({type(error).__name__}: {error}). Compare its "
-            "sizes (hidden_size, heads, layers, vocabulary) with the checkpoint's own config.json."
-        ) from error
+    config = load_config(settings.config)
+    config._attn_implementation = settings.attention
+    stored_dtype = config.dtype
+    config.dtype = dtype_beside(config, settings.precision, torch.device("cuda"))
+    model = build_skeleton(config).eval()
     try:
         with _undisturbed():
             return _Run(settings, model).record(stored_dtype)
-    except GlmlabError:
-        raise
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         known = "" if config.model_type in MODEL_TYPES else (
-            f" Its architecture ({config.model_type}) is not one of those that the suite is tested with: "
-            f"{', '.join(MODEL_TYPES)}."
+            f" Its architecture ({config.model_type}) is not one that the tests trace: {', '.join(MODEL_TYPES)}."
         )  # fmt: skip
         raise TraceError(
             f"{settings.name}: this model cannot be traced ({type(error).__name__}: {error}).{known} Check the sizes "
@@ -123,7 +109,7 @@ class _Run:
         self.scalars = _Scalars(model.generation_config.eos_token_id)
         self.device = DeviceRules(settings)
         self.longest_context = _longest_context(settings.name, self.config)
-        self.kv_bytes_per_token = 0
+        self.kv_bytes_per_token = self.n_turns = 0
 
     def record(self, stored_dtype: torch.dtype | None) -> AllocationTrace:
         """Run everything; return the trace."""
@@ -140,56 +126,56 @@ class _Run:
             if settings.all_logits:
                 self.model._supports_logits_to_keep = lambda: False
             with follow_modules(self.model.named_modules(), recorder.run_in, recorder.run_in):
-                for number, turns in enumerate(conversations):
-                    self._converse(100 * number, turns)
+                for turns in conversations:
+                    self._converse(turns)
                     self.device.begin_process(recorder)
         return build_trace(recorder, self._facts())
 
     def _facts(self) -> TraceFacts:
-        settings = self.settings
+        settings, dtype = self.settings, str(self.model.dtype).removeprefix("torch.")
+        loading = "loaded by from_pretrained(device_map=...)"
+        if settings.weights == "random":
+            loading = "built from the config with random weights"
         return TraceFacts(
             model=settings.name,
             precision=settings.precision,
             kv_bytes_per_token=self.kv_bytes_per_token,
             context_limit=int(self.config.max_position_embeddings),
             longest_context=self.longest_context,
-            description=f"{type(self.model).__name__} in {str(self.model.dtype).removeprefix('torch.')}, "
-            f"{_LOADING[settings.weights]}, then turns of greedy decode_steps over one kept cache; recorded on the "
-            "meta device",
+            description=f"{type(self.model).__name__} in {dtype}, {loading}, then turns of greedy decode_steps over "
+            "one kept cache; recorded on the meta device",
             versions=versions(),
             effects={name: f"{effect.size} ({effect.source})" for name, effect in EFFECTS.items()},
         )
 
-    def _converse(self, first_number: int, turns: Sequence[tuple[int, int]]) -> None:
-        """Answer the turns of one conversation; every step is a row, and what ends a turn another."""
+    def _converse(self, turns: Sequence[tuple[int, int]]) -> None:
+        """Answer the turns of one conversation; every step is a row, and so is the end of a turn."""
         settings, recorder = self.settings, self.recorder
         tokenizer: Any = SimpleNamespace(pad_token_id=0)  # no text is read or written,
         report: Any = None  # and nobody asks how the model was loaded
         loaded = LoadedModel(self.model, tokenizer, report)
-        keeps_logits = "logits" in settings.keeps
+        keep = decoding.Keep(top_k=0, logits="logits" in settings.keeps)
         cache = self._new_cache()
         cached = 0
-        for number, turn in enumerate(map(TurnTokens._make, turns), start=first_number + 1):
-            prompt, generated = turn
+        for turn in map(TurnTokens._make, turns):
+            self.n_turns += 1
             *names, end = turn_sections(turn, is_first=cached == 0)
-            ids = [[0] * (cached + prompt)] * settings.batch
-            row = recorder.begin(names[0], number, cached + prompt, prompt)
-            steps = decoding.decode_steps(
-                loaded, ids, max_new_tokens=generated, keep=decoding.Keep(top_k=0, logits=keeps_logits), cache=cache
-            )
-            step = None  # whoever keeps logits keeps those of the turn before until now
-            for i, name in enumerate(names):
-                if i > 0:
-                    row = recorder.begin(name, number, cached + prompt + i, prompt + i)
-                self.scalars.goes_on = i < generated - 1
+            prompt = [[0] * (cached + turn.prompt)] * settings.batch
+            row = recorder.begin(names[0], self.n_turns, cached + turn.prompt, turn.prompt)
+            steps = decoding.decode_steps(loaded, prompt, max_new_tokens=turn.generated, keep=keep, cache=cache)
+            step = None  # whoever keeps logits has those of the turn before until here
+            for n_tokens, name in enumerate(names, start=turn.prompt):
+                if n_tokens > turn.prompt:
+                    row = recorder.begin(name, self.n_turns, cached + n_tokens, n_tokens)
+                self.scalars.goes_on = n_tokens < turn.prompt + turn.generated - 1
                 step = next(steps)
                 self._note_step(row, cache, step)
-            recorder.begin(end, number, cached + prompt + generated - 1, prompt + generated - 1)
+            recorder.begin(end, self.n_turns, row.context, row.turn_tokens)
             if next(steps, None) is not None:
                 raise TraceError("the generation loop did not end with its last token. Please report this.")
-            if not keeps_logits:
+            if not keep.logits:
                 del step
-            cached += prompt + generated - 1
+            cached = row.context
         recorder.begin(BETWEEN)  # the cache dies
 
     def _new_cache(self) -> Any:
