@@ -97,6 +97,7 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         >>> [axes.get_ylabel() for axes in latency_curve(table).axes]
         ['time of a token (ms)', 'times the floor']
     """
+    table = table.reset_index(drop=True)
     ratio = table["token_ms"] / table["floor_ms"]
     with drawing(6.3, 5.6) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
