@@ -51,7 +51,7 @@ doctor: $(INSTALLED)  ## say what works on this machine
 bench: $(INSTALLED)  ## print what the suite's own code costs, as ratios and seconds; build/bench.json keeps them
 	$(BIN)/glmlab bench
 
-gpu-evidence: $(INSTALLED)  ## on a machine with an NVIDIA GPU: record what forecasts are held against (20 minutes, goes on when called again)
+gpu-evidence: $(INSTALLED)  ## on a machine with an NVIDIA GPU: record what forecasts are compared with (20 minutes; called again, it goes on)
 	$(BIN)/glmlab evidence
 
 embedded-model: $(INSTALLED)  ## train the embedded model anew (30 minutes on two cores)

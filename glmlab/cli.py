@@ -148,7 +148,10 @@ def forecast(
     ] = None,
     card: Annotated[str, typer.Option(help="a GPU of data/gpus.csv, such as 'RTX 4060': its memory ends the run")] = "",
     csv: Annotated[Path | None, typer.Option(help="write one row a step, with a column per component")] = None,
-    figure: Annotated[Path | None, typer.Option(help="draw it by component (.pdf, .svg or .png)")] = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="draw it by component (.pdf, .svg or .png); where --csv has the same name, the table wins"),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="list every rise and plateau with its reason")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the last step, rises, plateaus, longest context and provenance")
@@ -242,7 +245,7 @@ def compare(
         Path | None, typer.Option(help="a log of lines 'characters, MiB', as the chapter's script wrote")
     ] = None,
 ) -> None:
-    """Lay the forecast over recordings, and say how far it is off."""
+    """Compare recordings with their forecasts, and say how far these are off."""
     from glmlab.evidence.accuracy import error_table
     from glmlab.forecast.comparison import compare as run
 
@@ -259,10 +262,12 @@ def evidence(
         list[str] | None, typer.Argument(help="parts of runs' names, such as int4 or 'snapshot-*'; default: all")
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="show the runs and do none")] = False,
-    minutes: Annotated[float, typer.Option(help="no run starts later than this; what is left is said")] = 20.0,
+    minutes: Annotated[
+        float, typer.Option(help="no run starts later than this; the rest is left for another call")
+    ] = 20.0,
     data: Annotated[Path, typer.Option(help="the folder that keeps recordings/ and snapshots/")] = Path("data"),
 ) -> None:
-    """Record on this machine's GPU what forecasts are held against; finished runs are skipped."""
+    """Record on this machine's GPU what forecasts are compared with; finished runs are skipped."""
     from glmlab.evidence.plan import EvidenceError, choose
 
     runs = choose(names or [])

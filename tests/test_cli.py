@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from glmlab import cli
 from glmlab.cli import app, main
 from glmlab.core.curve import read_curve
 from glmlab.memory.recording import RecordingError
@@ -147,6 +148,14 @@ def test_the_module_is_the_command_and_a_context_beyond_the_models_limit_is_one_
     (line,) = done.stderr.splitlines()
     assert line.startswith("glmlab: the turns reach 8,193 tokens, but embedded is made for 8,192")
     assert "8,193 tokens" in done.stdout
+
+
+def test_a_context_beyond_the_models_limit_is_forecast_with_a_warning_of_one_line():
+    with pytest.warns(UserWarning, match="the turns reach 8,193 tokens, but embedded is made for 8,192"):
+        result = CliRunner().invoke(app, ["forecast", "embedded", "--tokens", "8193"])
+    assert "8,193 tokens" in result.stdout
+    assert cli._format_warning("beyond", UserWarning, "a.py", 7) == "glmlab: beyond\n"
+    assert cli._format_warning("old", DeprecationWarning, "a.py", 7) == "a.py:7: DeprecationWarning: old\n"
 
 
 def test_a_real_snapshot_is_replayed(shared_data):

@@ -16,8 +16,8 @@ measured is an empty cell, never 0. A recording on several GPUs has one row per 
     prompt_tokens           tokens fed at the start of this turn
     generated_tokens        tokens generated in this turn
     used_mib                what gpustat shows for the GPU
-    process_mib             this process's part of it, where the driver tells
-    others_mib              other processes' part of it, where the driver tells
+    process_mib             this process's part of it, where the driver says
+    others_mib              other processes' part of it, where the driver says
     reserved_mib            what the allocator took from the driver
     allocated_mib           live tensors
     peak_allocated_mib      highest allocated_mib since the row before
@@ -47,7 +47,7 @@ from glmlab.core.files import write_atomically
 Kind = Literal["measured", "forecast", "reported"]
 
 SIDE_FILES = (".json", ".transcript.jsonl")
-"""Suffixes of the files beside a recording's CSV (``recording.py`` tells what they hold)."""
+"""Suffixes of the files beside a recording's CSV (``memory/recording.py`` says what they hold)."""
 
 COMPONENTS = {
     "weights_attention_mib": "weights, attention",

@@ -1,1 +1,1 @@
-"""What a real GPU shows: runs that are recorded once and kept, so that forecasts can be held against them anywhere."""
+"""What real GPUs show: runs that are recorded once and kept, so that forecasts can be compared with them anywhere."""

@@ -344,20 +344,20 @@ def _read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
 
 
 def _typed(cells: "pd.Series[str]", kind: type | None, path: Path) -> "pd.Series[Any]":
-    """Cells as text, numbers (an empty cell is a missing one) or truth values."""
+    """Cells as text, truth values or numbers, of which an empty cell is a missing one."""
+    texts = cells.tolist()
     if kind is str:
         return cells
-    texts = cells.tolist()
-    if kind is not float and kind is not int and set(texts) <= {"True", "False"}:
+    if kind in (bool, None) and texts and set(texts) <= {"True", "False"}:
         return cells == "True"
-    numbers = [_number(text) for text in texts]
-    wrong = [row for row, number in enumerate(numbers) if number is None]
-    if not wrong and kind is not bool:
+    numbers = [None if kind is bool else _number(text) for text in texts]
+    right = [isinstance(number, int if kind is int else (int, float)) for number in numbers]
+    if all(right):
         whole = all(isinstance(number, int) for number, text in zip(numbers, texts, strict=True) if text)
         return pd.Series(numbers, name=cells.name, dtype="Int64" if kind is None and whole and "" in texts else None)
     if kind is None:
         return cells
-    row = wrong[0] if wrong else 0
+    row = right.index(False)
     raise FigureError(f"{path}: row {row + 1} of the column {cells.name!r} is {texts[row]!r}, not {kind.__name__}.")
 
 

@@ -41,7 +41,7 @@ from glmlab.tracing.cached import trace
 from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, load_recorded
 
 SEEDS = (1, 2, 3)
-"""Orders in which the driver may hand out addresses, beside rising; the band is what they change."""
+"""Orders in which the driver may hand out addresses, other than rising; the band is what they change."""
 
 
 @dataclass(frozen=True)

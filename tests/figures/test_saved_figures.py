@@ -382,6 +382,19 @@ class TestAStrangersFiles:
         with pytest.raises(FigureError, match=message):
             read_figure(tmp_path / "steps")
 
+    @pytest.mark.parametrize(
+        ("cell", "message"),
+        [("1.5", "row 1 of the column 'layer' is '1.5', not int"), ("", "row 1 of the column 'layer' is '', not int"),
+         ("no", "row 1 of the column 'chosen' is 'no', not bool")],
+    )  # fmt: skip
+    def test_a_cell_of_another_type(self, tmp_path, cell, message):
+        table = pd.read_csv(FOLDER / "logit_lens.csv", dtype=str, keep_default_na=False)
+        table.loc[0, message.split("'")[1]] = cell
+        shutil.copy(FOLDER / "logit_lens.json", tmp_path)
+        table.to_csv(tmp_path / "logit_lens.csv", index=False)
+        with pytest.raises(FigureError, match=message):
+            read_figure(tmp_path / "logit_lens")
+
     def test_what_a_drawing_function_stumbles_over(self, tmp_path):
         for suffix in ("csv", "json"):
             shutil.copy(FOLDER / f"logit_lens.{suffix}", tmp_path)

@@ -15,6 +15,7 @@ from glmlab.allocator.program import ALLOCATE, EMPTY_CACHE, FREE, EventProgram
 from glmlab.core.cards import ASSUMED_CONTEXT_MIB, Card, find_card
 from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, read_curve
 from glmlab.core.units import MIB
+from glmlab.figures.memory import COMPONENT_LOOKS
 from glmlab.forecast.forecast import Forecast
 from glmlab.forecast.workload import CHOICES, ForecastError, Workload, parse_turns
 from glmlab.models.placement import PRECISIONS
@@ -214,6 +215,7 @@ def test_the_summary_names_components_as_figures_do(chapter: Forecast) -> None:
     assert lines[0] == "ChatGLM3-6B, original code, int4"
     assert "after loading       4,703.0 MiB used,    4,584.0 reserved,    3,746.3 allocated" in lines
     assert [line.strip().rpartition("  ")[0].strip() for line in lines[4:16]] == list(COMPONENTS.values())
+    assert {label for label, *_ in COMPONENT_LOOKS.values()} - set(COMPONENTS.values()) == {"weights"}  # of all kinds
     assert lines[16] == "the order of segment addresses changes this by up to 4.00 MiB"
 
 
