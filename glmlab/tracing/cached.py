@@ -6,16 +6,13 @@ A trace that is cached is read without loading torch.
 import ast
 import functools
 import hashlib
-import importlib.metadata
 import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 from glmlab.core.resources import cache_folder
-from glmlab.tracing.trace import AllocationTrace, TraceError, TraceSettings, read_trace
-
-_PACKAGES = ("torch", "transformers", "bitsandbytes")
+from glmlab.tracing.trace import AllocationTrace, TraceError, TraceSettings, read_trace, versions
 
 
 def trace(settings: TraceSettings, *, refresh: bool = False) -> AllocationTrace:
@@ -81,8 +78,3 @@ def _code() -> tuple[Path, ...]:
             paths = [root.joinpath(*name.split(".")).with_suffix(".py") for name in names if name.startswith("glmlab.")]
             to_read += [path for path in paths if path.is_file()]
     return tuple(sorted(found))
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages whose code shapes a trace."""
-    return {package: importlib.metadata.version(package) for package in _PACKAGES}

@@ -23,6 +23,7 @@ File
     (JSON) with everything else.
 """
 
+import importlib.metadata
 import io
 import json
 import operator
@@ -321,3 +322,8 @@ def allocations(program: EventProgram, section: str) -> npt.NDArray[np.int64]:
     start, end = program.section_start[number], program.section_start[number + 1]
     found: npt.NDArray[np.int64] = start + np.flatnonzero(program.events[start:end, 0] == ALLOCATE)
     return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose code shapes a trace."""
+    return {package: importlib.metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}

@@ -21,12 +21,19 @@ from glmlab.generation import decoding
 from glmlab.models.loading import LoadedModel, build_skeleton, load_config
 from glmlab.models.module_paths import follow_modules
 from glmlab.models.placement import dtype_beside
-from glmlab.tracing.cached import versions
 from glmlab.tracing.cuda_rules import EFFECTS, DeviceRules
 from glmlab.tracing.fitting import BETWEEN, build_trace
 from glmlab.tracing.meta_loading import build_random_on_meta, load_on_meta, note_owners
 from glmlab.tracing.recorder import AllocationRecorder, Row, Rule, record_allocations
-from glmlab.tracing.trace import AllocationTrace, TraceError, TraceFacts, TraceSettings, TurnTokens, turn_sections
+from glmlab.tracing.trace import (
+    AllocationTrace,
+    TraceError,
+    TraceFacts,
+    TraceSettings,
+    TurnTokens,
+    turn_sections,
+    versions,
+)
 
 CONVERSATIONS = (
     ((11, 6), (17, 6), (23, 1), (13, 2), (29, 1), (101, 1), (7, 3), (53, 1)),

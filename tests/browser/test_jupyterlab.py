@@ -64,14 +64,6 @@ class TestEveryNotebook:
         assert in_lab.page.evaluate(LOW_CONTRAST, 4.5) == []
 
 
-@lab_driver.only("01")
-def test_the_class_diagram_is_drawn_by_mermaid(in_lab):
-    diagram = in_lab.page.locator(".jp-RenderedMermaid img")
-    assert diagram.get_attribute("src").startswith("data:image/svg+xml")
-    assert diagram.bounding_box()["width"] > 100
-    assert "GlmModel" in diagram.get_attribute("src")
-
-
 @lab_driver.only("02")
 class TestStepper:
     @pytest.fixture
