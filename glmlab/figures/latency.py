@@ -105,7 +105,8 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         for index, (_, color, marker, rows) in enumerate(series):
             floor: Look = {"linewidth": pt(0.8 + 0.9 * index), "zorder": 2 - index / 10}
             above.plot(rows["context_tokens"], rows["floor_ms"], color=color, **floor)
-            below.plot(rows["context_tokens"], ratio[rows.index], color=color, marker=marker, linestyle=":", ms=pt(5))
+            times = rows["token_ms"] / rows["floor_ms"]
+            below.plot(rows["context_tokens"], times, color=color, marker=marker, linestyle=":", ms=pt(5))
         below.axhline(1, color=COLORS["used"])
         above.set_ylabel(tr("time of a token (ms)"))
         below.set_ylabel(tr("times the floor"))

@@ -27,7 +27,7 @@ def times() -> pd.DataFrame:
         for precision, base in (("fp32", 2.0), ("int4", 3.0))
         for context, ms in ((64, base), (1024, base * 2))
     ]
-    return pd.DataFrame(rows).assign(floor_ms=0.5)
+    return pd.DataFrame(rows, index=[0, 1, 0, 1]).assign(floor_ms=0.5)  # the index of joined tables
 
 
 def test_dots_are_measured_lines_are_floors(times):
