@@ -41,12 +41,12 @@ def chat(
     precision: Precision = "auto",
     device: Device = "auto",
     weights: Weights = "checkpoint",
-    record: Annotated[Path | None, typer.Option(help="record memory after every turn into this .csv")] = None,
+    record: Annotated[Path | None, typer.Option(help="record the memory after every turn in this .csv")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="longest answer; default: what the context has left")
+        int | None, typer.Option(help="most tokens of an answer; default: the rest of the context")
     ] = None,
 ) -> None:
-    """Chat with a model; 'clear' forgets the conversation, 'stop' ends it."""
+    """Chat with a model; type 'clear' to start over, 'stop' to end."""
     from contextlib import nullcontext
 
     from glmlab.generation.chat import ChatSession
@@ -58,7 +58,7 @@ def chat(
         while (text := _ask()) not in (None, "stop"):
             if text == "clear":
                 talk.clear()
-                typer.echo("(the conversation is forgotten)")
+                typer.echo("(conversation cleared)")
             elif text:
                 _stream(talk, text, session.context_limit)
 
@@ -73,7 +73,7 @@ def _ask() -> str | None:
 
 
 def _stream(talk: "ChatSession | Recorder", text: str, context_limit: int) -> None:
-    """Print an answer as it comes, and why it ended where that is not its own end."""
+    """Print an answer as it is generated, and why it ended unless by its stop token."""
     try:
         for turn in talk.say(text):
             typer.echo(turn.new_text, nl=False)
@@ -111,16 +111,16 @@ def fetch(
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Argument(help="the .csv to write; provenance lands beside it as .json")],
+    out: Annotated[Path, typer.Argument(help="the .csv to write; the .json beside it holds the provenance")],
     model: Model = "embedded",
     precision: Precision = "auto",
     device: Device = "auto",
     weights: Weights = "checkpoint",
-    conversation: Annotated[str, typer.Option(help="a conversation of data/conversations, or a .json file")] = "long",
-    every_token: Annotated[bool, typer.Option("--every-token", help="one row a token instead of one a turn")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="continue a recording that was cut off")] = False,
+    conversation: Annotated[str, typer.Option(help="long, short, or a conversation file (.json)")] = "long",
+    every_token: Annotated[bool, typer.Option("--every-token", help="a row for every token instead of every turn")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted recording")] = False,
 ) -> None:
-    """Chat through a fixed conversation and read memory after every turn."""
+    """Chat through a fixed conversation and record the memory after every turn."""
     from glmlab.memory.conversations import load_conversation
     from glmlab.memory.recording import record as run
 

@@ -32,7 +32,7 @@ def test_a_chat_is_streamed_cleared_stopped_and_recorded(tmp_path):
     assert done.exit_code == 0
     assert "TinyGLM" in done.stdout
     assert "3 + 4 = 7" in done.stdout
-    assert "the conversation is forgotten" in done.stdout
+    assert "(conversation cleared)" in done.stdout
     table = read_curve(tmp_path / "chat.csv").table
     assert table["turn"].tolist() == [0, 1, 1, 2]
     assert table["context_tokens"].tolist()[2] == 0

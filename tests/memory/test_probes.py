@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -10,12 +11,26 @@ import pytest
 from fake_gpu import GPU_UUIDS, MIG_UUIDS, FakeCuda, FakeDriver
 from torch import nn
 
+from glmlab.core.units import mib
 from glmlab.memory.probes import MemoryProbe, ProbeError, Reading
 
+OTHER = os.getppid()  # a process that is not this one, and that gpustat can look up
 
-def other_pid() -> int:
-    """A process that is not this one, and that gpustat can look up."""
-    return os.getppid()
+Machine = Callable[..., MemoryProbe]
+
+
+@pytest.fixture
+def machine(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Probe of a machine whose driver and CUDA list these GPUs."""
+
+    def with_gpus(
+        *lines: str, cuda: tuple[str, ...] = GPU_UUIDS[:1], devices: str | list[str] = "cuda:0"
+    ) -> MemoryProbe:
+        driver.says(*lines)
+        FakeCuda(cuda).install(monkeypatch)
+        return MemoryProbe(devices)
+
+    return with_gpus
 
 
 def both_ways(probe: MemoryProbe) -> list[list[Reading]]:
@@ -28,11 +43,9 @@ def both_ways(probe: MemoryProbe) -> list[list[Reading]]:
 def test_without_a_gpu_only_the_process_is_read() -> None:
     (reading,) = MemoryProbe.for_model(nn.Linear(2, 2)).read()
 
-    rss_mib = psutil.Process().memory_info().rss / 2**20
     assert reading.source == "process"
-    assert reading.rss_mib == pytest.approx(rss_mib, rel=0.2)
-    unknown = {name: value for name, value in reading.row().items() if name != "rss_mib"}
-    assert set(unknown.values()) == {None}
+    assert reading.rss_mib == pytest.approx(mib(psutil.Process().memory_info().rss), rel=0.2)
+    assert {value for name, value in reading.row().items() if name != "rss_mib"} == {None}
 
 
 def test_rss_follows_the_memory_that_is_touched() -> None:
@@ -53,30 +66,21 @@ def test_gpu_without_a_driver_library_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(pynvml, "_LoadNvmlLibrary", no_library)
     FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
 
-    with pytest.raises(
-        ProbeError, match=r"NVIDIA driver's library .* is not there.*Install the driver; in a container"
-    ):
+    with pytest.raises(ProbeError, match=r"NVIDIA driver's library .* not there.*Install the driver; in a container"):
         MemoryProbe("cuda:0")
 
 
 # ------------------------------------------------------------------------------------------------- which GPU
 
 
-def test_gpu_is_found_by_uuid_where_cuda_counts_in_another_order(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver.says("gpu 24000 1000", "gpu 80000 2000")
-    FakeCuda((GPU_UUIDS[1], GPU_UUIDS[0])).install(monkeypatch)  # CUDA counts the fastest first
-
-    for readings in both_ways(MemoryProbe("cuda")):
+def test_gpus_are_found_by_uuid_where_cuda_counts_in_another_order(machine: Machine) -> None:
+    lines = ("gpu 24000 1000", "gpu 80000 2000", "gpu 24000 3000")
+    one = machine(*lines, cuda=(GPU_UUIDS[1], GPU_UUIDS[0]), devices="cuda")  # CUDA counts the fastest first
+    for readings in both_ways(one):
         assert [(r.gpu, r.used_mib, r.total_mib) for r in readings] == [(1, 2000.0, 80000.0)]
 
-
-def test_several_gpus_give_several_readings(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 24000 1000", "gpu 80000 2000", "gpu 24000 3000")
-    FakeCuda((GPU_UUIDS[2], GPU_UUIDS[0])).install(monkeypatch)
-
-    for readings in both_ways(MemoryProbe(["cuda:0", "cuda:1", "cuda:1", "cpu"])):
+    two = machine(*lines, cuda=(GPU_UUIDS[2], GPU_UUIDS[0]), devices=["cuda:0", "cuda:1", "cuda:1", "cpu"])
+    for readings in both_ways(two):
         assert [(r.gpu, r.used_mib) for r in readings] == [(2, 3000.0), (0, 1000.0)]
 
 
@@ -107,28 +111,22 @@ def test_hidden_gpu_end_to_end_with_the_library_found_by_the_loader(library: Pat
     assert done.stdout.strip() == "[('gpustat', 1, 2000.0, 222.0), ('nvml', 1, 2000.0, 222.0)] 999.00.fake"
 
 
-def test_lost_neighbour_does_not_hide_the_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 24000 1000", "lost", "gpu 80000 2000")
-    FakeCuda((GPU_UUIDS[1],)).install(monkeypatch)
-
-    for readings in both_ways(MemoryProbe("cuda:0")):
+def test_lost_neighbour_does_not_hide_the_gpu(machine: Machine) -> None:
+    for readings in both_ways(machine("gpu 24000 1000", "lost", "gpu 80000 2000", cuda=(GPU_UUIDS[1],))):
         assert [(r.gpu, r.used_mib) for r in readings] == [(1, 2000.0)]
 
 
-def test_gpu_that_the_driver_does_not_list_is_refused(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 24000 1000")
-    FakeCuda((GPU_UUIDS[3],)).install(monkeypatch)
-
+def test_gpu_that_the_driver_does_not_list_is_refused(machine: Machine) -> None:
     with pytest.raises(ProbeError, match=rf"no GPU with the UUID of cuda:0 \({GPU_UUIDS[3]}\); it lists: GPU-.*0\."):
-        MemoryProbe("cuda:0")
+        machine("gpu 24000 1000", cuda=(GPU_UUIDS[3],))
 
 
 # ----------------------------------------------------------------------------------------------------- MIG
 
 
 def test_mig_slice_named_in_cuda_visible_devices_is_read(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 80000 30000", "mig 10000 900", f"mig 20000 1900 self=1800 {other_pid()}=50")
-    FakeCuda((GPU_UUIDS[0],)).install(monkeypatch)
+    driver.says("gpu 80000 30000", "mig 10000 900", f"mig 20000 1900 self=1800 {OTHER}=50")
+    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"MIG-{MIG_UUIDS[1]}")
 
     for readings in both_ways(MemoryProbe("cuda:0")):
@@ -137,27 +135,22 @@ def test_mig_slice_named_in_cuda_visible_devices_is_read(driver: FakeDriver, mon
         ]
 
 
-def test_mig_slice_is_found_by_the_uuid_that_cuda_gives(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 80000 30000", "mig 10000 900", "mig 20000 1900")
-    FakeCuda((MIG_UUIDS[0],)).install(monkeypatch)
-
-    for readings in both_ways(MemoryProbe("cuda:0")):
+@pytest.mark.parametrize(
+    ("cuda", "slices"),
+    [
+        (MIG_UUIDS[0], ("mig 10000 900", "mig 20000 1900")),  # CUDA gives the slice's UUID
+        (GPU_UUIDS[0], ("mig 10000 900",)),  # or the GPU's, which has no other slice
+    ],
+)
+def test_mig_slice_is_found_by_uuid(machine: Machine, cuda: str, slices: tuple[str, ...]) -> None:
+    for readings in both_ways(machine("gpu 80000 30000", *slices, cuda=(cuda,))):
         assert [(r.gpu, r.used_mib) for r in readings] == [(0, 900.0)]
 
 
-def test_only_slice_of_a_gpu_needs_no_name_but_one_of_two_does(
-    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeCuda((GPU_UUIDS[0],)).install(monkeypatch)
-
-    driver.says("gpu 80000 30000", "mig 10000 900")
-    assert [r.used_mib for r in MemoryProbe("cuda:0").read()] == [900.0]
-
-    driver.says("gpu 80000 30000", "mig 10000 900", "mig 20000 1900")
-    with pytest.raises(
-        ProbeError, match=rf"one of 2 MIG slices.*CUDA_VISIBLE_DEVICES=<one of MIG-{MIG_UUIDS[0]}, MIG-"
-    ):
-        MemoryProbe("cuda:0")
+def test_one_of_two_slices_needs_its_name(machine: Machine) -> None:
+    names = f"one of MIG-{MIG_UUIDS[0]}, MIG-{MIG_UUIDS[1]}"
+    with pytest.raises(ProbeError, match=rf"one of 2 MIG slices.*CUDA_VISIBLE_DEVICES=<{names}>"):
+        machine("gpu 80000 30000", "mig 10000 900", "mig 20000 1900")
 
 
 # -------------------------------------------------------------------------------------- figures of processes
@@ -166,38 +159,32 @@ def test_only_slice_of_a_gpu_needs_no_name_but_one_of_two_does(
 @pytest.mark.parametrize(
     ("processes", "process_mib", "others_mib"),
     [
-        ("self=700 {other}=200", 700.0, 200.0),
+        (f"self=700 {OTHER}=200", 700.0, 200.0),
         ("self=700", 700.0, 0.0),  # the driver lists every process, and there is no other
         ("", None, None),  # a container that does not see the host's process ids
-        ("{other}=200", None, None),
-        ("self=withheld {other}=withheld", None, None),  # Windows (WDDM)
-        ("self=700 {other}=withheld", 700.0, None),
+        (f"{OTHER}=200", None, None),
+        (f"self=withheld {OTHER}=withheld", None, None),  # Windows (WDDM)
+        (f"self=700 {OTHER}=withheld", 700.0, None),
     ],
 )
 def test_figures_that_the_driver_withholds_are_missing(
-    driver: FakeDriver,
-    monkeypatch: pytest.MonkeyPatch,
-    processes: str,
-    process_mib: float | None,
-    others_mib: float | None,
+    machine: Machine, processes: str, process_mib: float | None, others_mib: float | None
 ) -> None:
-    driver.says(f"gpu 24000 1000 {processes.format(other=other_pid())}")
-    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
-
-    for readings in both_ways(MemoryProbe("cuda:0")):
+    for readings in both_ways(machine(f"gpu 24000 1000 {processes}")):
         assert [(r.used_mib, r.process_mib, r.others_mib) for r in readings] == [(1000.0, process_mib, others_mib)]
 
 
 # ----------------------------------------------------------------------------------------------- torch.cuda
 
 
-def test_peaks_are_those_since_the_reading_before(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_are_those_since_the_last_reading(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver.says("gpu 24000 1000")
     cuda = FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
     probe = MemoryProbe("cuda:0")
     cuda.allocate(50)
     cuda.allocate(-30)
 
+    assert probe.gpus == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]  # leaves the peaks alone
     first, second = probe.read()[0], probe.read(fast=True)[0]
 
     assert (first.allocated_mib, first.reserved_mib) == (120.0, 240.0)
@@ -205,25 +192,12 @@ def test_peaks_are_those_since_the_reading_before(driver: FakeDriver, monkeypatc
     assert second.peak_allocated_mib == 120.0
 
 
-def test_asking_for_the_gpus_leaves_the_peaks_alone(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver.says("gpu 24000 1000")
-    cuda = FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
-    probe = MemoryProbe("cuda:0")
-    cuda.allocate(50)
-    cuda.allocate(-50)
-
-    assert probe.gpus == [{"index": 0, "name": "Fake GPU", "total_mib": 24000.0}]
-    assert probe.read()[0].peak_allocated_mib == 150.0
-
-
 # -------------------------------------------------------------------------------------- the driver goes away
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_driver_or_gpu_lost_in_mid_run(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
-    driver.says("gpu 24000 1000")
-    FakeCuda(GPU_UUIDS[:1]).install(monkeypatch)
-    probe = MemoryProbe("cuda:0")
+def test_driver_or_gpu_lost_in_mid_run(machine: Machine, driver: FakeDriver, fast: bool) -> None:
+    probe = machine("gpu 24000 1000")
     assert probe.read(fast=fast)[0].used_mib == 1000.0
 
     driver.says("gpu 24000 1000", "lost")
