@@ -117,7 +117,9 @@ def record(
     device: Device = "auto",
     weights: Weights = "checkpoint",
     conversation: Annotated[str, typer.Option(help="long, short, or a conversation file (.json)")] = "long",
-    every_token: Annotated[bool, typer.Option("--every-token", help="a row for every token instead of every turn")] = False,
+    every_token: Annotated[
+        bool, typer.Option("--every-token", help="a row for every token instead of every turn")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted recording")] = False,
 ) -> None:
     """Chat through a fixed conversation and record the memory after every turn."""

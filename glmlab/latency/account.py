@@ -70,35 +70,24 @@ def chapter_account(
     dequantised_bytes = 4 * quantised  # half a byte a weight becomes two
     if spilled_bytes is None:
         spilled_bytes = max(0.0, loaded["used_mib"] - find_card(ORIGINAL_CARD).memory_mib) * MIB
-    rows = [
-        (
-            "floor: read the weights once",
-            "floor",
-            read_bytes / bandwidth,
-            f"{read_bytes / 1e9:.2f}e9 B (int4, head in fp16, no embedding table) at {bandwidth / 1e9:.0f}e9 B/s",
-        ),
-        (
-            "dequantise them to fp16, read those",
-            "estimated",
-            2 * dequantised_bytes / bandwidth,
-            f"{dequantised_bytes / 1e9:.2f}e9 B written and read again at the same rate",
-        ),
-        (
-            "weights in host memory",
-            "estimated",
-            spilled_bytes / PCIE_BYTES_PER_S,
-            f"{spilled_bytes / 1e9:.2f}e9 B over PCI Express 4.0 x8 at {PCIE_BYTES_PER_S / 1e9:.2f}e9 B/s",
-        ),
-        (
-            "Python and launching",
-            "measured here",
-            launching_s_per_layer * ORIGINAL_LAYERS,
-            f"{launching_s_per_layer * 1e3:.3f} ms a layer of the embedded model, times {ORIGINAL_LAYERS} layers",
-        ),
-        ("the log: gpustat --json", "measured here", polling_s, "one process for each streamed token"),
+    account = pd.DataFrame(
+        [
+            ("floor: read the weights once", "floor", read_bytes / bandwidth),
+            ("dequantise them to fp16, read those", "estimated", 2 * dequantised_bytes / bandwidth),
+            ("weights in host memory", "estimated", spilled_bytes / PCIE_BYTES_PER_S),
+            ("Python and launching", "measured here", launching_s_per_layer * ORIGINAL_LAYERS),
+            ("the log: gpustat --json", "measured here", polling_s),
+        ],
+        columns=["part", "kind", "seconds"],
+    )
+    account.loc[len(account)] = ("unexplained", "unexplained", REPORTED_TOKEN_S - account["seconds"].sum())
+    account["share"] = account["seconds"] / REPORTED_TOKEN_S
+    account["how"] = [
+        f"{read_bytes / 1e9:.2f}e9 B (int4, head in fp16, no embedding table) at {bandwidth / 1e9:.0f}e9 B/s",
+        f"{dequantised_bytes / 1e9:.2f}e9 B written and read again at the same rate",
+        f"{spilled_bytes / 1e9:.2f}e9 B over PCI Express 4.0 x8 at {PCIE_BYTES_PER_S / 1e9:.2f}e9 B/s",
+        f"{launching_s_per_layer * 1e3:.3f} ms a layer of the embedded model, times {ORIGINAL_LAYERS} layers",
+        "one process for each streamed token",
+        "what remains of the reported time",
     ]
-    rest_s = REPORTED_TOKEN_S - sum(row[2] for row in rows)
-    rows.append(("unexplained", "unexplained", rest_s, "what remains of the reported time"))
-    account = pd.DataFrame(rows, columns=["part", "kind", "seconds", "how"])
-    account.insert(3, "share", account["seconds"] / REPORTED_TOKEN_S)
     return account

@@ -58,8 +58,8 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
         tokens: decode steps without the profiler, and with it; the fastest count.
 
     Returns:
-        One row for each of :data:`PARTS`: part, ms, share. ``attrs`` has ``step_ms`` (the step that the parts add up
-        to), ``profiled_step_ms`` (with the profiler), ``operations`` (how many PyTorch ran), ``conditions``.
+        One row for each of :data:`PARTS`: part, ms, share. ``attrs`` has ``step_ms`` (the sum of the parts),
+        ``profiled_step_ms`` (with the profiler), ``operations`` (how many PyTorch ran), ``conditions``.
 
     Raises:
         LatencyError: a compiled model, more tokens than the context limit, or the device failed.
@@ -71,9 +71,7 @@ def profile_token(loaded: LoadedModel, *, context: int = 64, tokens: int = 16) -
         (['weights', 'attention', 'head'], True)
     """
     if loaded.compiled is not None:
-        raise LatencyError(
-            "a compiled model cannot be taken apart by layers. Load it without compile=True to profile it."
-        )
+        raise LatencyError("a compiled model cannot be taken apart by layers. Load it without compile=True.")
     needed, limit = context + 2 * (tokens + WARM_UP_STEPS), context_limit(loaded.model.config)
     if context < 1 or tokens < 1 or needed > limit:
         raise LatencyError(

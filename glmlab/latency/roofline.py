@@ -148,13 +148,7 @@ def roofline(
         >>> floor["limited_by"].tolist(), floor["floor_ms"].round(1).tolist()
         (['bytes', 'bytes'], [11.9, 12.1])
     """
-    if wrong := [context for context in contexts if not 0 <= context < inf]:
-        raise LatencyError(f"context {wrong[0]} is no number of cached tokens. Give 0 or more.")
-    if not all(0 < rate < inf for rate in (rates.bandwidth_bytes_per_s, rates.flops_per_s or 1.0)):
-        raise LatencyError(
-            f"the rates of {rates.device} ({rates.bandwidth_bytes_per_s} B/s, {rates.flops_per_s} operations/s) are "
-            "not above 0. Measure them with measure_rates(), or give flops_per_s=None if it is unknown."
-        )
+    _check(rates, contexts)
     skeleton = build_skeleton(config)
     dtype = dtype or dtype_beside(config, precision, torch.device("cuda"))
     linear_weights = sum(m.weight.numel() for m in skeleton.modules() if isinstance(m, torch.nn.Linear))
@@ -171,6 +165,16 @@ def roofline(
     table["floor_ms"] = table[["memory_ms", "compute_ms"]].max(axis="columns")
     table["limited_by"] = np.where(table["compute_ms"] > table["memory_ms"], "operations", "bytes")
     return table
+
+
+def _check(rates: Rates, contexts: Sequence[int]) -> None:
+    if wrong := [context for context in contexts if not 0 <= context < inf]:
+        raise LatencyError(f"context {wrong[0]} is no number of cached tokens. Give 0 or more.")
+    if not all(0 < rate < inf for rate in (rates.bandwidth_bytes_per_s, rates.flops_per_s or 1.0)):
+        raise LatencyError(
+            f"the rates of {rates.device} ({rates.bandwidth_bytes_per_s} B/s, {rates.flops_per_s} operations/s) are "
+            "not above 0. Measure them with measure_rates(), or give flops_per_s=None if it is unknown."
+        )
 
 
 def _weight_bytes(skeleton: Any, precision: str, dtype: torch.dtype) -> int:

@@ -73,23 +73,24 @@ def class_graph(
     starts = [root, *parts, *builders]
     classes = list(dict.fromkeys(above for cls in starts for above in cls.__mro__ if above is not object))
     names = _unique_names(classes)
-    nodes = [
-        ClassNode(
-            name=names[cls],
-            module=cls.__module__,
-            bases=tuple(names[base] for base in cls.__bases__ if base is not object),
-            mro=tuple(names[above] for above in cls.__mro__ if above is not object),
-            members=tuple(_members(cls)),
-            parts=tuple(
-                Part(attribute, names.get(part_class, _plain_name(part_class)), at_least, at_most)
-                for (attribute, part_class), (at_least, at_most) in parts.get(cls, {}).items()
-            ),
-            kind=_kind(cls),
-        )
-        for cls in classes
-    ]
+    nodes = [_node(cls, names, parts.get(cls, {})) for cls in classes]
     builds = [Arrow("builds", names[maker], names[made], label) for maker, made, label in registered]
     return build_graph(nodes, [names[root]], builds).select(depth=depth, include=include, members=members)
+
+
+def _node(cls: type, names: dict[type, str], parts: "_Counts") -> ClassNode:
+    return ClassNode(
+        name=names[cls],
+        module=cls.__module__,
+        bases=tuple(names[base] for base in cls.__bases__ if base is not object),
+        mro=tuple(names[above] for above in cls.__mro__ if above is not object),
+        members=tuple(_members(cls)),
+        parts=tuple(
+            Part(attribute, names.get(part_class, _plain_name(part_class)), at_least, at_most)
+            for (attribute, part_class), (at_least, at_most) in parts.items()
+        ),
+        kind=_kind(cls),
+    )
 
 
 def _plain_name(cls: type) -> str:
