@@ -82,51 +82,39 @@ class Tables(NamedTuple):
     lane_size: Any  # (1,)
 
 
-def _compiled(function: F) -> F:
-    compiled: F = numba.njit(error_model="numpy", boundscheck=False)(function)
-    return compiled
+def _jit(**options: Any) -> Callable[[F], F]:
+    decorator: Callable[[F], F] = numba.njit(error_model="numpy", boundscheck=False, **options)
+    return decorator
 
 
-def _inlined(function: F) -> F:
-    compiled: F = numba.njit(error_model="numpy", boundscheck=False, forceinline=True)(function)
-    return compiled
+_compiled, _inlined = _jit(), _jit(forceinline=True)
+_entry = _jit(cache=True)  # the cache on disk holds everything that the function calls, too
 
 
-def _entry(function: F) -> F:
-    # the cache on disk holds everything that the function calls, too
-    compiled: F = numba.njit(cache=True, error_model="numpy", boundscheck=False)(function)
-    return compiled
+def _memory_access(bits: int) -> tuple[Callable[[int, int], int], Callable[[int, int, int], None]]:
+    """Return functions that read and write a signed number at an address plus an offset."""
+    kind = ir.IntType(bits)
 
+    def pointer(builder: Any, args: Any) -> Any:
+        return builder.inttoptr(builder.add(args[0], args[1]), kind.as_pointer())
 
-def _pointer(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
-    return builder.inttoptr(builder.add(base, offset), kind.as_pointer())
-
-
-def _loader(bits: int) -> Callable[[int, int], int]:
     @intrinsic  # type: ignore[untyped-decorator]
     def load(_context: Any, base: Any, offset: Any) -> Any:
         def generate(_c: Any, builder: Any, _s: Any, args: Any) -> Any:
-            value = builder.load(_pointer(builder, args[0], args[1], ir.IntType(bits)))
+            value = builder.load(pointer(builder, args))
             return value if bits == 64 else builder.sext(value, ir.IntType(64))
 
         return types.int64(types.int64, types.int64), generate
 
-    loader: Callable[[int, int], int] = load
-    return loader
-
-
-def _storer(bits: int) -> Callable[[int, int, int], None]:
     @intrinsic  # type: ignore[untyped-decorator]
-    def store(context: Any, base: Any, offset: Any, value: Any) -> Any:
-        def generate(c: Any, builder: Any, _s: Any, args: Any) -> Any:
-            value = args[2] if bits == 64 else builder.trunc(args[2], ir.IntType(bits))
-            builder.store(value, _pointer(builder, args[0], args[1], ir.IntType(bits)))
-            return c.get_dummy_value()
+    def store(_context: Any, base: Any, offset: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, _s: Any, args: Any) -> Any:
+            builder.store(args[2] if bits == 64 else builder.trunc(args[2], kind), pointer(builder, args))
+            return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), generate
 
-    storer: Callable[[int, int, int], None] = store
-    return storer
+    return load, store
 
 
 def _bit_finder(instruction: str) -> Callable[[int], int]:
@@ -141,7 +129,7 @@ def _bit_finder(instruction: str) -> Callable[[int], int]:
     return finder
 
 
-_get32, _set32, _get64, _set64 = _loader(32), _storer(32), _loader(64), _storer(64)
+(_get32, _set32), (_get64, _set64) = _memory_access(32), _memory_access(64)
 _zeros_below = _bit_finder("cttz")  # zero bits below the lowest bit set
 _zeros_above = _bit_finder("ctlz")  # zero bits above the highest bit set
 
@@ -693,7 +681,7 @@ def _end_row(memory: Memory, tables: Tables, section: int, lane: int, slots: int
 
 @_compiled
 def _report(counters: int, out: Any) -> None:
-    """Write the results of a row, in units; the columns are COLUMNS of glmlab.allocator.replay."""
+    """Write the results of a row, in units; the columns are REPLAY_COLUMNS of glmlab.allocator.replay."""
     small = _get64(counters, ALLOCATED_SMALL)
     out[0] = _get64(counters, RESERVED)
     out[1] = _get64(counters, RESERVED_SMALL)

@@ -1,8 +1,4 @@
-"""Replays an event program through the caching allocator: one call for a whole conversation of decode steps.
-
-:class:`StepReplayer` is the compiled form; :class:`ReadableReplayer` does the same with the readable allocator, event
-by event (a hundred times slower, to check and to look inside). Formats: :mod:`glmlab.allocator.program`.
-"""
+"""Replays an event program through the compiled allocator: one call for a whole conversation of decode steps."""
 
 import logging
 from collections.abc import Sequence
@@ -14,8 +10,7 @@ import numpy.typing as npt
 from numba.core import event as numba_events
 
 from glmlab.allocator import kernels as k
-from glmlab.allocator.blocks import Block, BlockView, SegmentView
-from glmlab.allocator.caching import CachingAllocator
+from glmlab.allocator.blocks import BlockView, SegmentView
 from glmlab.allocator.config import (
     BLOCK_BYTES,
     EXPANDABLE_SPACE_BYTES,
@@ -26,14 +21,11 @@ from glmlab.allocator.config import (
 )
 from glmlab.allocator.program import (
     ALLOCATE,
-    EMPTY_CACHE,
     FREE,
     FREE_CARRIED,
     FREE_FIRST,
-    MAX_AGE,
     EventProgram,
     EventProgramError,
-    Int64Array,
     Replay,
 )
 from glmlab.core.units import GIB, MIB, format_bytes
@@ -41,17 +33,17 @@ from glmlab.core.units import GIB, MIB, format_bytes
 MAX_ADDRESS_BYTES = 1024 * GIB
 """With this limit, and that of a request, sizes and addresses of the compiled form fit 32 bits of 512 B."""
 
-_COLUMNS = (
+REPLAY_COLUMNS = (
     *("reserved", "reserved_small", "allocated", "peak_allocated", "peak_allocated_small"),
     *("inactive_small", "inactive_large"),
 )
-"""Columns of the kernel's results, as Replay names them."""
+"""Columns of the kernel's results, as fields of :class:`Replay`."""
 
 _log = logging.getLogger(__name__)
 
 
 class StepReplayer:
-    """The compiled allocator with its program; ``run`` continues where the last one ended.
+    """The compiled allocator with an :class:`EventProgram`; ``run`` continues where the last one ended.
 
     Args:
         program: events, sizes and sections.
@@ -97,7 +89,7 @@ class StepReplayer:
                 GiB, or more than 1 TiB asked of the driver.
         """
         rows = self.program.checked_schedule(schedule)
-        out = np.zeros((len(rows), len(_COLUMNS)), np.int64)
+        out = np.zeros((len(rows), len(REPLAY_COLUMNS)), np.int64)
         out_owners = np.zeros((len(rows), len(self.program.owners)), np.int64)
         self._set(k.GROWTHS, 0)
         row, status = 0, k.NEEDS_ROOM
@@ -108,7 +100,9 @@ class StepReplayer:
                 self._make_room()
         self._set(k.ROWS_BEFORE, self._get(k.ROWS_BEFORE) + row)
         if status == k.BAD_FREE:
-            raise _bad_free(self.program, row, self._get(k.EVENT))
+            event = self._get(k.EVENT)
+            bad = tuple(self.program.events[event].tolist())
+            raise EventProgramError(f"row {row} of the schedule: event {event}, {bad}, frees what is not live")
         is_full = status == k.OUT_OF_MEMORY
         asked = max(self._get(k.TOP), -self._get(k.LOWEST)) * BLOCK_BYTES
         is_space_full = is_full and self.capacity_bytes is None
@@ -118,9 +112,13 @@ class StepReplayer:
                 f"row {row - 1 + is_full} of the schedule: the driver has been asked for more than "
                 f"{format_bytes(most)}, which no GPU has. Give a capacity, or a smaller workload."
             )
-        growth = self._growth[: self._get(k.GROWTHS)] * (1, 1, BLOCK_BYTES, 1)
-        error = self._out_of_memory() if is_full else None
-        return _replay(out[:row] * BLOCK_BYTES, out_owners[:row] * BLOCK_BYTES, growth, error)
+        columns = np.ascontiguousarray(out[:row].T) * BLOCK_BYTES
+        return Replay(
+            **dict(zip(REPLAY_COLUMNS, columns, strict=True)),
+            allocated_by_owner=out_owners[:row] * BLOCK_BYTES,
+            growth=self._growth[: self._get(k.GROWTHS)] * (1, 1, BLOCK_BYTES, 1),
+            out_of_memory=self._out_of_memory() if is_full else None,
+        )
 
     def segments(self) -> list[SegmentView]:
         """Return every segment with its blocks after the last row, ordered by address."""
@@ -228,92 +226,11 @@ class StepReplayer:
         )
 
 
-class ReadableReplayer:
-    """The same through a readable allocator, which keeps the state at the end.
-
-    Example:
-        >>> program = EventProgram([(ALLOCATE, 0, 0, 0)], [(700, 0, 0, 0, 0)], ("load",), [0, 1])
-        >>> allocator = CachingAllocator()
-        >>> ReadableReplayer(program, allocator).run([(0, 0, 0, 0)]).allocated.tolist(), len(allocator.segments())
-        ([1024], 1)
-    """
-
-    def __init__(self, program: EventProgram, allocator: CachingAllocator) -> None:
-        self.program, self.allocator = program, allocator
-        self._turn: int | None = None
-        self._history: list[list[Block]] = []  # slots of the last rows, newest first
-        self._first: list[Block] = []
-        self._carried: list[Block] = []
-        self._next_carried: list[Block] = []
-        self._owned = [0] * len(program.owners)
-
-    def run(self, schedule: npt.ArrayLike) -> Replay:
-        """Replay further rows of a schedule, as :meth:`StepReplayer.run` does."""
-        growth: list[tuple[int, int, int, int]] = []
-        rows, owned, error = [], [], None
-        for number, row in enumerate(self.program.checked_schedule(schedule).tolist()):
-            try:
-                self._step(number, row, growth)
-            except OutOfMemory as full:
-                error = full
-                break
-            rows.append([getattr(self.allocator, f"{name}_bytes") for name in _COLUMNS])
-            owned.append(list(self._owned))
-        return _replay(
-            np.array(rows, np.int64).reshape(-1, len(_COLUMNS)),
-            np.array(owned, np.int64).reshape(-1, len(self._owned)),
-            np.array(growth, np.int64).reshape(-1, 4),
-            error,
-        )
-
-    def _step(self, number: int, row: Sequence[int], growth: list[tuple[int, int, int, int]]) -> None:
-        """Replay one row; :class:`OutOfMemory` leaves it half done."""
-        turn, section, context, tokens = row
-        program, allocator = self.program, self.allocator
-        sizes = program.bytes_at(context, tokens).tolist()
-        slots: list[Block] = []
-        if turn != self._turn:
-            self._turn, self._first = turn, slots
-            self._carried, self._next_carried = self._next_carried, []
-        self._history = [slots, *self._history[:MAX_AGE]]
-        allocator.reset_peak()
-        name, begin = program.section_names[section], int(program.section_start[section])
-        for event, (mode, age, arg, owner) in enumerate(program.events_of(name).tolist(), begin):
-            if mode == ALLOCATE:
-                allocator.segments_taken.clear()
-                block = allocator.malloc(max(sizes[arg], 1), owner=owner)
-                growth += [(number, event, n_bytes, int(not small)) for n_bytes, small in allocator.segments_taken]
-                slots.append(block)
-                self._owned[owner] += block.size
-            elif mode == EMPTY_CACHE:
-                allocator.empty_cache()
-            else:
-                recent = self._history[age] if age < len(self._history) else []
-                source = {FREE: recent, FREE_FIRST: self._first, FREE_CARRIED: self._carried}[mode]
-                if arg >= len(source) or not source[arg].live:
-                    raise _bad_free(program, number, event)
-                self._owned[source[arg].owner] -= source[arg].size
-                allocator.free(source[arg])
-        if name in program.carried:
-            self._next_carried = [slots[slot] for slot in program.carried[name]]
-
-
-def _replay(table: Int64Array, owned: Int64Array, growth: Int64Array, out_of_memory: OutOfMemory | None) -> Replay:
-    columns = {name: np.ascontiguousarray(table[:, i]) for i, name in enumerate(_COLUMNS)}
-    return Replay(**columns, allocated_by_owner=owned, growth=growth, out_of_memory=out_of_memory)
-
-
 def _view(record: Sequence[int]) -> BlockView:
     address, size, _, _, state, *_ = record
     is_live = not state & k.INACTIVE
     owner = state >> k.OWNER_SHIFT if is_live else 0
     return BlockView(FIRST_ADDRESS + address * BLOCK_BYTES, size * BLOCK_BYTES, owner, is_live)
-
-
-def _bad_free(program: EventProgram, row: int, event: int) -> EventProgramError:
-    return EventProgramError(
-        f"row {row} of the schedule: event {event}, {tuple(program.events[event].tolist())}, frees what is not live"
-    )
 
 
 class _CompilationNote(numba_events.Listener):  # type: ignore[misc]

@@ -95,18 +95,9 @@ def _replay_device(snapshot: Snapshot, history: DeviceHistory) -> DeviceReport:
     if snapshot.settings is not None:
         return _HistoryReplay(history, snapshot.settings, snapshot.has_garbage_collection).run()
     grows = any(s.is_expandable for s in history.segments) or any(e.action == "segment_map" for e in history.events)
-    defaults = AllocatorSettings(expandable_segments=grows)
-    candidates = [defaults, *(replace(defaults, max_split_size_mb=n) for n in (32, 64, 128, 256, 512, 1024))]
-    candidates += [replace(defaults, roundup_power2_divisions=n) for n in (2, 4, 8, 16, 32, 64)]
-    first = _HistoryReplay(history, defaults).run()
-    report, chosen = first, defaults
-    for chosen in candidates:
-        report = first if chosen is defaults else _HistoryReplay(history, chosen).run()
-        if report.is_equal:
-            report.note(f"the snapshot has no allocator settings; these explain every choice: {chosen}")
-            return report
-    first.note(f"the snapshot has no allocator settings; the replay takes the defaults: {defaults}")
-    return first
+    report = _HistoryReplay(history, AllocatorSettings(expandable_segments=grows)).run()
+    report.note(f"the snapshot has no allocator settings; the replay takes the defaults, expandable_segments {grows}")
+    return report
 
 
 class _HistoryReplay:

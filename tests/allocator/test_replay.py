@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from numba.core import event as numba_events
+from readable_replay import ReadableReplayer
 from requests_and_settings import SETTINGS, SIZES
 
 from glmlab.allocator.caching import CachingAllocator
@@ -27,7 +28,7 @@ from glmlab.allocator.program import (
     EventProgramError,
     Replay,
 )
-from glmlab.allocator.replay import ReadableReplayer, StepReplayer, _CompilationNote
+from glmlab.allocator.replay import StepReplayer, _CompilationNote
 from glmlab.core.units import GIB, MIB
 from glmlab.tracing.trace import TurnTokens, load_recorded
 

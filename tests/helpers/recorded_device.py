@@ -4,10 +4,11 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+from readable_replay import ReadableReplayer
+
 from glmlab.allocator.blocks import Block, Pool
 from glmlab.allocator.caching import CachingAllocator
 from glmlab.allocator.config import DEFAULT_POOL, AllocatorSettings, OutOfMemory
-from glmlab.allocator.replay import ReadableReplayer
 from glmlab.core.units import MIB
 from glmlab.tracing.trace import AllocationTrace, TurnTokens
 

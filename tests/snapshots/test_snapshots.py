@@ -161,17 +161,6 @@ def test_a_difference_behind_a_tail_that_nothing_shows_is_explained(tmp_path: Pa
     assert "may be up to 1 MiB longer than it shows" in report.notes[-1]
 
 
-@pytest.mark.parametrize(
-    "chosen", [AllocatorSettings(max_split_size_mb=128), AllocatorSettings(roundup_power2_divisions=8)]
-)
-def test_settings_that_an_old_snapshot_does_not_have_are_found(tmp_path: Path, chosen: AllocatorSettings) -> None:
-    device = RecordedDevice(chosen)
-    device.run(5, 400, lambda choose: choose.choice([mixed_sizes(choose), choose.randint(1, 300 * MIB)]))
-    report = replay(tmp_path, device.snapshot(with_settings=False))
-    assert report.is_equal
-    assert f"these explain every choice: {chosen}" in report.devices[0].notes[-1]
-
-
 def test_a_difference_is_found_counted_once_and_explained(tmp_path: Path) -> None:
     device = RecordedDevice()
     first = device.malloc(1024)
