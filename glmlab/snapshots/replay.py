@@ -291,9 +291,9 @@ class _HistoryReplay:
         """Compare the ranges given back to the driver with those that the allocator gives back, and their order."""
         theirs = list(dict.fromkeys((self.events[i].address, self.events[i].size) for i in indices))
         ours = self._releases(theirs, pool, size)
-        if self.has_garbage_collection:  # how many it releases cannot be foreseen
-            ours = [one for one in ours if one in set(theirs)]
         both = set(ours) & set(theirs)
+        if self.has_garbage_collection:  # how many it releases cannot be foreseen
+            ours = [one for one in ours if one in both]
         in_order = zip((one for one in ours if one in both), (one for one in theirs if one in both), strict=True)
         n_equal, n_all = sum(a == b for a, b in in_order), len(set(ours) | set(theirs))
         self.report.segments += n_all
