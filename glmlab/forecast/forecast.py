@@ -13,7 +13,7 @@ allocator has reserved and nobody uses.
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from html import escape
 from typing import Any
@@ -27,9 +27,9 @@ from glmlab.allocator.replay import StepReplayer
 from glmlab.core.cards import Card, cuda_context, find_card
 from glmlab.core.curve import COMPONENTS, Curve
 from glmlab.core.units import MIB, format_bytes
+from glmlab.forecast.capacity import Capacity, largest_context
 from glmlab.forecast.explanation import Plateau, Rise, explanation_text, find_plateaus, find_rises
 from glmlab.forecast.workload import (
-    DEFAULT_PROMPT,
     ForecastError,
     Turns,
     Workload,
@@ -42,27 +42,6 @@ from glmlab.tracing.trace import OWNERS, WEIGHT_OWNERS, AllocationTrace, load_re
 
 SEEDS = (1, 2, 3)
 """Orders in which the driver may hand out addresses, other than rising; the band is what they change."""
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """How far a card goes: the longest context that fits, and what ends it."""
-
-    card: str
-    context_tokens: int  # 0: not even a short prompt fits
-    limited_by: str  # "memory", "model" or "cache" (static_tokens)
-    message: str  # the out-of-memory error, or what the limit is
-    used_mib: float | None  # at that context; None where nothing fits
-
-    @property
-    def fits(self) -> bool:
-        """Whether the model fits at all."""
-        return self.context_tokens > 0
-
-    def __str__(self) -> str:
-        if self.used_mib is None:
-            return f"{self.card}: does not fit; {self.message}"
-        return f"{self.card}: {self.context_tokens:,} tokens ({self.used_mib:,.0f} MiB), limited by {self.limited_by}"
 
 
 class Forecast:
@@ -181,6 +160,11 @@ class Forecast:
         is_shown[0] = True
         return np.flatnonzero(is_shown[: self.replay.rows])
 
+    @property
+    def reached(self) -> int:
+        """Context length after the last step that fits; 0 where nothing fits."""
+        return int(self.schedule[self.steps[-1], 2]) if len(self.steps) else 0
+
     @cached_property
     def curve(self) -> Curve:
         """Memory at every step, by component.
@@ -229,9 +213,9 @@ class Forecast:
         Raises:
             ForecastError: the run ends before.
         """
-        if tokens > self._reached:
+        if tokens > self.reached:
             raise ForecastError(
-                f"the run ends at {self._reached:,} tokens, before {tokens:,}. Ask for fewer, or give more turns."
+                f"the run ends at {self.reached:,} tokens, before {tokens:,}. Ask for fewer, or give more turns."
             )
         step = np.searchsorted(self.schedule[self.steps, 2], tokens)
         return self._segments_after(int(self.steps[step]))
@@ -257,19 +241,7 @@ class Forecast:
             >>> print(Forecast.of(trace="chatglm3-6b-original-int4").largest_context("RTX 4060"))
             RTX 4060: 8,192 tokens (4,821 MiB), limited by model
         """
-        workload = self.workload
-        if not (card or workload.card):
-            raise ForecastError("no card is given. Name one of data/gpus.csv, such as 'RTX 4060'.")
-        is_open = workload.cache == "static" and not workload.static_tokens
-        shortest = self.replace(card=card, tokens=_shortest_static_cache() if is_open else DEFAULT_PROMPT)
-        facts = shortest.trace.facts
-        if not facts.context_limit:
-            raise ForecastError(f"{workload.name} states no context limit to search up to. Give turns instead.")
-        limit = min(facts.context_limit, facts.longest_context or facts.context_limit)
-        longest = shortest.replace(tokens=min(limit, workload.static_tokens or limit))
-        if is_open and longest.replay.out_of_memory:
-            return _longest_static_cache(shortest, longest)
-        return longest._capacity()
+        return largest_context(self if card is None else self.replace(card=card))
 
     # -- how it is shown ----------------------------------------------------------------------------------------------
 
@@ -294,7 +266,7 @@ class Forecast:
         """The forecast in a few lines."""
         table, (context_mib, source) = self.curve.table, self.context
         lines = [self.label, f"CUDA context {context_mib:g} MiB ({source})"]
-        for when, row in (("after loading", table.iloc[0]), (f"{self._reached:,} tokens", table.iloc[-1])):
+        for when, row in (("after loading", table.iloc[0]), (f"{self.reached:,} tokens", table.iloc[-1])):
             lines.append(
                 f"{when:16} {row['used_mib']:10,.1f} MiB used, {row['reserved_mib']:10,.1f} reserved, "
                 f"{row['allocated_mib']:10,.1f} allocated"
@@ -323,11 +295,6 @@ class Forecast:
     _looked_at: tuple[int, StepReplayer] | None = None  # rows that a replayer has done, to look at its segments
 
     @property
-    def _reached(self) -> int:
-        """Context length after the last step that fits."""
-        return int(self.schedule[self.steps[-1], 2]) if len(self.steps) else 0
-
-    @property
     def _no_fit(self) -> str:
         workload = self.workload
         card = workload.card.name if workload.card else "this GPU"
@@ -354,22 +321,6 @@ class Forecast:
         replayer.run(self.schedule[done : row + 1])
         self._looked_at = (row + 1, replayer)
         return replayer.segments()
-
-    def _capacity(self) -> Capacity:
-        """How far a single turn comes."""
-        workload, failure = self.workload, self.replay.out_of_memory
-        card = workload.card.name if workload.card else ""
-        if len(self.steps) < 2:
-            return Capacity(card, 0, "memory", str(failure), None)
-        used_mib = float(self.replay.reserved[self.steps[-1]] / MIB + self.context[0])
-        if failure:
-            return Capacity(card, self._reached, "memory", str(failure), used_mib)
-        if workload.static_tokens == self._reached < self.trace.facts.context_limit:
-            return Capacity(card, self._reached, "cache", f"static_tokens={self._reached}", used_mib)
-        reason = f"the model is made for {self._reached:,} tokens"
-        if self._reached == self.trace.facts.longest_context:
-            reason = f"beyond {self._reached:,} tokens the model's sliding window drops some, which is not forecast"
-        return Capacity(card, self._reached, "model", reason, used_mib)
 
     def _table(self) -> pd.DataFrame:
         rows, replay = self.steps, self.replay
@@ -427,28 +378,8 @@ class Forecast:
             turn, _, context, _ = self.schedule[self.replay.rows].tolist()
             provenance["out_of_memory"] = {
                 "message": str(self.replay.out_of_memory),
-                "fits_context_tokens": self._reached,
+                "fits_context_tokens": self.reached,
                 "fails_context_tokens": context,
                 "turn": turn,
             }
         return provenance
-
-
-def _shortest_static_cache() -> int:
-    from glmlab.tracing.tracer import LONGEST
-
-    return LONGEST
-
-
-def _longest_static_cache(fits: Forecast, fails: Forecast) -> Capacity:
-    """Halve the interval between a static cache that fits and one that does not, until they are one token apart."""
-    if fits.replay.out_of_memory:
-        return fits._capacity()
-    low, high = fits.workload.context_tokens, fails.workload.context_tokens
-    while high - low > 1:
-        tried = fits.replace(tokens=(low + high) // 2)
-        if tried.replay.out_of_memory:
-            fails, high = tried, tried.workload.context_tokens
-        else:
-            fits, low = tried, tried.workload.context_tokens
-    return replace(fits._capacity(), limited_by="memory", message=str(fails.replay.out_of_memory))
