@@ -48,6 +48,7 @@ from glmlab.generation.preparation import (
 )
 from glmlab.models.compiling import make_room
 from glmlab.models.loading import LoadedModel
+from glmlab.models.placement import cpu_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,7 @@ class _Forward:
 
     def __init__(self, loaded: LoadedModel, inputs: dict[str, Any], keep: Keep) -> None:
         self._model, self._compiled, self._device = loaded.model, loaded.compiled, loaded.model.device
+        self._threads = loaded.threads
         kept = {"output_hidden_states": keep.hidden_states, "output_attentions": keep.attentions}
         self._inputs = inputs | {name: True for name, wanted in kept.items() if wanted}
         self.cache: Cache = inputs["past_key_values"]
@@ -334,7 +336,7 @@ class _Forward:
         """
         run = self._model if prefill or not self._compiled else self._compiled
         inference = run is self._compiled or (self.lean and not self._compiled and self._device.type != "meta")
-        with torch.inference_mode() if inference else torch.no_grad():
+        with cpu_threads(self._threads), torch.inference_mode() if inference else torch.no_grad():
             return run(**fed, return_dict=True)
 
 

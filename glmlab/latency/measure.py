@@ -54,7 +54,7 @@ def conditions(loaded: LoadedModel) -> dict[str, Any]:
     provenance = run_provenance(loaded.report, probe)
     found = {name: provenance[name] for name in _CONDITIONS}
     if not provenance["gpus"]:
-        found["threads"] = torch.get_num_threads()
+        found["threads"] = loaded.threads or torch.get_num_threads()
         found["cpu"] = torch.backends.cpu.get_cpu_capability()
     return {**found, "gpus": clocks(probe)}
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from glmlab import GlmlabError, load_model
+from glmlab import GlmlabError, decode_steps, load_model
 from glmlab.core.units import GIB
 from glmlab.models import placement
 from glmlab.models.checkpoints import find_config
@@ -152,7 +152,11 @@ def test_random_weights_are_the_same_each_time_and_leave_the_process_as_it_was(p
 def test_a_small_model_decodes_on_one_cpu_thread():
     with cpu_threads(2):
         loaded = load_model("embedded", device="cpu")
-    assert (loaded.threads, loaded.report.device) == (1, "cpu, 1 thread")
+        threads = []
+        loaded.model.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+        list(decode_steps(loaded, [5, 6, 7], max_new_tokens=2))
+        assert torch.get_num_threads() == 2
+    assert (threads, loaded.report.device) == ([1, 1], "cpu, 1 thread")
 
 
 @pytest.mark.parametrize(("free_gib", "chosen"), [(30, "fp32"), (20, "bf16"), (8, "int8"), (5.3, "int4")])
