@@ -13,6 +13,7 @@ tokens are appended to the prompt only where something reads them; the host chec
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -55,12 +56,10 @@ from glmlab.models.placement import cpu_threads
 class Keep:
     """What every step keeps. By default only the few best candidates, so that a thousand steps stay small."""
 
-    top_k: int = 10
-    """Candidates of every stage; 0 keeps none, nor the chosen token's probability, and skips their cost."""
+    top_k: int = 10  # candidates of every stage; 0 keeps none, nor the chosen token's probability, and skips their cost
     logits: bool = False
     hidden_states: bool = False
-    attentions: bool = False
-    """Needs ``attn_implementation="eager"``: fused attention never forms them."""
+    attentions: bool = False  # needs attn_implementation="eager": fused attention never forms them
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +80,18 @@ class DecodeStep:
     phase: Literal["prefill", "decode"]
     input_shapes: dict[str, tuple[int, ...]]
     """Shapes of what the forward pass read: input_ids, position_ids, and attention_mask unless it masks nothing."""
-    cached_tokens: int
-    """Tokens whose keys and values were cached before the step."""
-    context_length: int
-    """Tokens whose keys and values are cached after it."""
-    kv_bytes: int
-    """Bytes of the cached keys and values after it; for a StaticCache what it holds for its full length."""
-    stages: tuple[Stage, ...]
-    """The raw logits, then every processor and warper in the order in which they act."""
+    cached_tokens: int  # whose keys and values were cached before the step
+    context_length: int  # tokens whose keys and values are cached after it
+    kv_bytes: int  # of the keys and values cached after it; of a StaticCache for its full length
+    stages: tuple[Stage, ...]  # the raw logits, then every processor and warper in the order in which they act
     token_ids: tuple[int, ...]
     chosen_probability: Tensor | None  # (batch,) after all processors and warpers; None with Keep(top_k=0)
     stop_reasons: tuple[str | None, ...]
     """"stop token", "stop string", "length" or "time"; None while the sequence goes on, and after its end."""
-    forward_s: float
-    """Act 1."""
-    choose_s: float
-    """Act 2."""
-    caller_s: float
-    """Act 3 of the step before: what the caller did with it until asking for this one; 0 for the first."""
-    stop_check_s: float
-    """Act 4."""
+    forward_s: float  # act 1
+    choose_s: float  # act 2
+    caller_s: float  # act 3 of the step before, until the caller asked for this one; 0 for the first
+    stop_check_s: float  # act 4
     logits: Tensor | None  # (batch, vocab) fp32, where kept
     hidden_states: (
         tuple[Tensor, ...] | None
@@ -183,49 +174,41 @@ def decode_steps(
         criteria.append(StopStringCriteria(loaded.tokenizer, config.stop_strings))
         config.stop_strings = None
 
-    def loop(
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **inputs: Any,
-    ) -> Iterator[DecodeStep]:
-        forward = _Forward(loaded, inputs, keep)
-        stop_check = _StopCheck(stopping_criteria, generation_config, batch=len(input_ids))
-        return _Loop(forward, input_ids, logits_processor, stop_check, bool(generation_config.do_sample), keep).steps()
-
     try:
-        steps: Iterator[DecodeStep] = loaded.model.generate(
+        loop: _Loop = loaded.model.generate(
             input_ids,
             attention_mask=attention_mask,
             generation_config=config,
             stopping_criteria=criteria,
-            custom_generate=loop,
+            custom_generate=partial(_Loop, loaded, keep),
             **({} if cache is None else {"past_key_values": cache}),
         )
     except (ValueError, TypeError) as error:  # transformers' own checks; all of them run before the loop begins
         raise DecodeError(f"the generation settings cannot be used: {error}") from error
-    return steps
+    return loop.steps()
 
 
 class _Loop:
-    """The generation loop, and what it carries from step to step."""
+    """The generation loop as ``generate`` calls it, and what it carries from step to step."""
 
     def __init__(
         self,
-        forward: "_Forward",
-        input_ids: Tensor,  # (batch, tokens)
-        processors: LogitsProcessorList,
-        stop_check: "_StopCheck",
-        do_sample: bool,
+        loaded: LoadedModel,
         keep: Keep,
+        _model: Any,
+        input_ids: Tensor,  # (batch, tokens)
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
     ) -> None:
-        self._forward, self._processors, self._stop_check = forward, processors, stop_check
-        self._input_ids, self._do_sample, self._keep = input_ids, do_sample, keep
-        self._appends = bool(processors) or stop_check.reads_ids or not forward.lean
+        self._forward = _Forward(loaded, model_kwargs, keep)
+        self._stop_check = _StopCheck(stopping_criteria, generation_config, batch=len(input_ids))
+        self._input_ids, self._processors, self._keep = input_ids, logits_processor, keep
+        self._do_sample = bool(generation_config.do_sample)
+        self._appends = bool(logits_processor) or self._stop_check.reads_ids or not self._forward.lean
         self._length = input_ids.shape[1]
-        self._cached_tokens = int(forward.cache.get_seq_length())
+        self._cached_tokens = int(self._forward.cache.get_seq_length())
         self._tokens: Tensor | None = None  # (batch,) those chosen last
 
     def steps(self) -> Iterator[DecodeStep]:
@@ -380,16 +363,17 @@ def _run_processors(
     processors: Iterable[LogitsProcessor], input_ids: Tensor, logits: Tensor, top_k: int
 ) -> tuple[Tensor, tuple[Stage, ...]]:
     """Scores after all processors and warpers, and the best candidates before and after each."""
-    stages = [_stage("logits", logits, top_k)] if top_k else []
+    stages = [make_stage("logits", logits, top_k)] if top_k else []
     scores = logits
     for processor in processors:
         scores = processor(input_ids, scores)
         if top_k:
-            stages.append(_stage(type(processor).__name__, scores, top_k))
+            stages.append(make_stage(type(processor).__name__, scores, top_k))
     return scores, tuple(stages)
 
 
-def _stage(name: str, scores: Tensor, top_k: int) -> Stage:
+def make_stage(name: str, scores: Tensor, top_k: int) -> Stage:
+    """The best candidates of scores (batch, vocab)."""
     token_ids = torch.topk(scores, min(top_k, scores.shape[-1]), dim=-1).indices
     probabilities = torch.softmax(scores, dim=-1).gather(-1, token_ids)
     return Stage(name, (scores > -torch.inf).sum(dim=-1), token_ids, probabilities)
@@ -412,15 +396,13 @@ def _normal_tensors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def reweigh(
     logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, candidates: int = 10
 ) -> tuple[Stage, ...]:
-    """What other warpers would have made of recorded logits; the model does not run.
-
-    The warpers are transformers' own, in the order of ``generate``; one whose setting changes nothing is left out.
+    """What other warpers, transformers' own, would have made of recorded logits; the model does not run.
 
     Args:
         logits: (batch, vocab), of a step made with ``Keep(logits=True)``.
-        temperature: above 0; 1 changes nothing.
-        top_k: candidates that survive; 0 keeps all.
-        top_p: probability that survives; 1 keeps all.
+        temperature: above 0. At 1, as with ``top_k=0`` and ``top_p=1``, there is no such stage.
+        top_k: candidates that survive.
+        top_p: probability that survives.
         candidates: best candidates in each stage.
 
     Raises:

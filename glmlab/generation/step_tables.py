@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from glmlab.generation.decoding import DecodeStep, Stage
+from glmlab.generation.decoding import DecodeStep, Stage, make_stage
 from glmlab.generation.preparation import DecodeError
 from glmlab.models.loading import LoadedModel
 
@@ -58,10 +58,9 @@ def steps_table(tokenizer: Any, steps: Sequence[DecodeStep], *, row: int = 0) ->
     """
     if not steps:
         raise DecodeError("there are no steps to show: generate at least one token.")
-    handed_out_ms: list[float | None] = [step.caller_s * 1e3 for step in steps[1:]]
-    lines = []
-    for step, caller_ms in zip(steps, [*handed_out_ms, None], strict=True):
-        lines.append(
+    caller_ms = [*(later.caller_s * 1e3 for later in steps[1:]), None]
+    return pd.DataFrame(
+        [
             {
                 "step": step.index,
                 "phase": step.phase,
@@ -76,12 +75,13 @@ def steps_table(tokenizer: Any, steps: Sequence[DecodeStep], *, row: int = 0) ->
                 **{f"survivors: {_stage_name(stage)}": int(stage.survivors[row]) for stage in step.stages},
                 "forward_ms": step.forward_s * 1e3,
                 "choose_ms": step.choose_s * 1e3,
-                "caller_ms": caller_ms,
+                "caller_ms": away_ms,
                 "stop_check_ms": step.stop_check_s * 1e3,
                 "stop_reason": step.stop_reasons[row],
             }
-        )
-    return pd.DataFrame(lines)
+            for step, away_ms in zip(steps, caller_ms, strict=True)
+        ]
+    )
 
 
 def candidates_table(
@@ -98,31 +98,29 @@ def candidates_table(
     Returns:
         Columns stage, survivors, rank (from 1), token_id, text, probability, chosen; none for a candidate that was cut.
     """
-    return pd.DataFrame(
-        [
+    lines = []
+    for stage in stages:
+        survivors = int(stage.survivors[row])
+        best = zip(stage.token_ids[row, :survivors].tolist(), stage.probabilities[row].tolist(), strict=False)
+        lines += [
             {
                 "stage": _stage_name(stage),
-                "survivors": int(stage.survivors[row]),
+                "survivors": survivors,
                 "rank": rank,
                 "token_id": token_id,
                 "text": token_text(tokenizer, token_id),
                 "probability": probability,
                 "chosen": token_id == chosen,
             }
-            for stage in stages
-            for rank, (token_id, probability) in enumerate(
-                zip(stage.token_ids[row].tolist(), stage.probabilities[row].tolist(), strict=True), start=1
-            )
-            if rank <= int(stage.survivors[row])
+            for rank, (token_id, probability) in enumerate(best, start=1)
         ]
-    )
+    return pd.DataFrame(lines)
 
 
 def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6, row: int = 0) -> pd.DataFrame:
     """What the residual stream would have predicted after each layer: the model's own norm and head, applied early.
 
-    transformers records the embeddings and the output of every layer; the last entry has already gone through the norm,
-    so it goes straight to the head, and gives the step's own logits.
+    The last of transformers' hidden states is normed already, so it goes straight to the head: the step's own logits.
 
     Args:
         loaded: the model that made the step.
@@ -145,30 +143,18 @@ def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6, ro
             f"{type(loaded.model).__name__} has no base_model.norm, the norm that Llama, Qwen2 and GLM have before the "
             "head. Use a model of such a family."
         )
-    head = loaded.model.get_output_embeddings()
-    last = len(step.hidden_states) - 1
-    lines = []
+    head, last = loaded.model.get_output_embeddings(), len(step.hidden_states) - 1
+    stages = []
     with torch.no_grad():
         for layer, hidden in enumerate(step.hidden_states):
             residual = hidden[row : row + 1, -1:]  # (1, 1, hidden)
-            logits = head(residual if layer == last else norm(residual))[0, 0].float()  # (vocab,)
-            best_probabilities, best_ids = torch.softmax(logits, dim=-1).topk(candidates)
-            for rank, (token_id, probability) in enumerate(
-                zip(best_ids.tolist(), best_probabilities.tolist(), strict=True), start=1
-            ):
-                lines.append(
-                    {
-                        "layer": layer,
-                        "name": f"layer {layer}" if layer else "embeddings",
-                        "normed": layer == last,
-                        "rank": rank,
-                        "token_id": token_id,
-                        "text": token_text(loaded.tokenizer, token_id),
-                        "probability": probability,
-                        "chosen": token_id == step.token_ids[row],
-                    }
-                )
-    return pd.DataFrame(lines)
+            logits = head(residual if layer == last else norm(residual))[:, 0].float()  # (1, vocab)
+            stages.append(make_stage(f"layer {layer}" if layer else "embeddings", logits, candidates))
+    table = candidates_table(loaded.tokenizer, stages, chosen=step.token_ids[row])
+    layers = table["stage"].map({stage.name: layer for layer, stage in enumerate(stages)})
+    table.insert(0, "layer", layers)
+    table.insert(2, "normed", layers == last)
+    return table.rename(columns={"stage": "name"}).drop(columns="survivors")
 
 
 def _stage_name(stage: Stage) -> str:

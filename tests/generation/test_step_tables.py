@@ -8,58 +8,45 @@ from glmlab.generation.decoding import DecodeError, Keep, decode_steps
 from glmlab.generation.step_tables import candidates_table, logit_lens, steps_table, token_text
 from glmlab.prompts.encoding import encode_chat
 
-KEEP = Keep(top_k=6, logits=True, hidden_states=True)
+STAGES = ["logits", "repetition penalty", "temperature", "top-k", "top-p"]
 
 
 @pytest.fixture(scope="module")
 def steps(embedded):
     prompt = encode_chat(embedded.tokenizer, [{"role": "user", "content": "Tell me a long story about a fox."}])
     config = GenerationConfig(do_sample=True, temperature=1.5, top_k=20, top_p=0.9, repetition_penalty=1.1)
+    keep = Keep(top_k=6, logits=True, hidden_states=True)
     torch.manual_seed(0)
-    return list(decode_steps(embedded, prompt, max_new_tokens=8, generation_config=config, keep=KEEP))
+    return list(decode_steps(embedded, prompt, max_new_tokens=8, generation_config=config, keep=keep))
 
 
-class TestStepsTable:
-    def test_one_line_a_step(self, embedded, steps):
-        table = steps_table(embedded.tokenizer, steps)
-        assert table["token_id"].tolist() == [step.token_id for step in steps]
-        assert table["context_tokens"].diff().dropna().tolist() == [1] * 7
-        assert table["surprisal_bits"].tolist() == pytest.approx([step.surprisal_bits[0] for step in steps])
-        assert table["probability"].tolist() == pytest.approx([step.chosen_probability.item() for step in steps])
-        assert table["fed_tokens"].tolist() == [steps[0].context_length, *[1] * 7]
-        assert table["stop_reason"].tolist()[-1] == "length"
-
-    def test_survivors_have_a_column_a_stage_in_order(self, embedded, steps):
-        table = steps_table(embedded.tokenizer, steps)
-        columns = [name.removeprefix("survivors: ") for name in table.columns if name.startswith("survivors")]
-        assert columns == ["logits", "repetition penalty", "temperature", "top-k", "top-p"]
-        assert set(table["survivors: top-k"]) == {20}
-
-    def test_the_caller_s_time_stands_at_the_step_it_was_spent_on(self, embedded, steps):
-        caller_ms = steps_table(embedded.tokenizer, steps)["caller_ms"]
-        assert caller_ms.tolist()[:-1] == [step.caller_s * 1e3 for step in steps[1:]]
-        assert caller_ms.isna().tolist() == [False] * 7 + [True]
-
-    def test_no_steps_is_refused(self, embedded):
-        with pytest.raises(DecodeError, match="there are no steps to show"):
-            steps_table(embedded.tokenizer, [])
+def test_a_line_a_step(embedded, steps):
+    table = steps_table(embedded.tokenizer, steps)
+    assert table["token_id"].tolist() == [step.token_id for step in steps]
+    assert table["context_tokens"].diff().dropna().tolist() == [1] * 7
+    assert table["surprisal_bits"].tolist() == pytest.approx([step.surprisal_bits[0] for step in steps])
+    assert table["probability"].tolist() == pytest.approx([step.chosen_probability.item() for step in steps])
+    assert table["fed_tokens"].tolist() == [steps[0].context_length, *[1] * 7]
+    assert table["stop_reason"].tolist()[-1] == "length"
+    columns = [name.removeprefix("survivors: ") for name in table.columns if name.startswith("survivors")]
+    assert columns == STAGES
+    assert set(table["survivors: top-k"]) == {20}
+    # the caller's time stands at the step that it was spent on
+    assert table["caller_ms"].tolist()[:-1] == [step.caller_s * 1e3 for step in steps[1:]]
+    assert table["caller_ms"].isna().tolist() == [False] * 7 + [True]
+    with pytest.raises(DecodeError, match="there are no steps to show"):
+        steps_table(embedded.tokenizer, [])
 
 
-class TestCandidatesTable:
-    def test_holds_every_stage_best_first_and_marks_the_chosen(self, embedded, steps):
-        for step in steps:
-            table = candidates_table(embedded.tokenizer, step.stages, chosen=step.token_id)
-            assert list(table["stage"].unique()) == ["logits", "repetition penalty", "temperature", "top-k", "top-p"]
-            for _, stage in table.groupby("stage"):
-                assert stage["probability"].is_monotonic_decreasing
-                assert stage["chosen"].tolist() == (stage["token_id"] == step.token_id).tolist()
-
-    def test_leaves_out_what_was_cut(self, embedded, steps):
-        for step in steps:
-            table = candidates_table(embedded.tokenizer, step.stages)
-            last = table[table["stage"] == "top-p"]
-            assert len(last) == min(6, last["survivors"].iloc[0])
-            assert (last["probability"] > 0).all()
+def test_candidates_stand_best_first_without_those_that_were_cut(embedded, steps):
+    for step in steps:
+        table = candidates_table(embedded.tokenizer, step.stages, chosen=step.token_id)
+        assert list(table["stage"].unique()) == STAGES
+        assert table["chosen"].tolist() == (table["token_id"] == step.token_id).tolist()
+        assert (table["probability"] > 0).all()
+        for _, stage in table.groupby("stage"):
+            assert stage["probability"].is_monotonic_decreasing
+            assert stage["rank"].tolist() == list(range(1, min(6, stage["survivors"].iloc[0]) + 1))
 
 
 class TestLogitLens:
@@ -70,9 +57,11 @@ class TestLogitLens:
             best = torch.softmax(step.logits[0], dim=-1).topk(5)
             assert last["token_id"].tolist() == best.indices.tolist()
             assert last["probability"].tolist() == pytest.approx(best.values.tolist(), rel=1e-5)
+            assert lens["layer"].tolist() == [layer for layer in range(5) for _ in range(5)]
+            assert lens["name"].unique().tolist() == ["embeddings", *(f"layer {i}" for i in range(1, 5))]
 
     def test_only_the_last_entry_is_normed_already(self, embedded, steps):
-        """Norming it again would give other logits; leaving the norm out of an earlier one, too."""
+        """Norming it again would give other logits."""
         hidden = steps[0].hidden_states
         head, norm = embedded.model.get_output_embeddings(), embedded.model.base_model.norm
         with torch.no_grad():
@@ -87,7 +76,7 @@ class TestLogitLens:
             logit_lens(embedded, step)
 
 
-def test_a_token_beyond_the_vocabulary_has_a_text(embedded):
+def test_a_token_beyond_the_vocabulary_has_a_text():
     class Narrow:
         def convert_ids_to_tokens(self, token_id):
             return None
