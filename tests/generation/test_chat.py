@@ -108,15 +108,6 @@ class TestTurns:
         assert _last(session.say("你好")).token_ids == talk[1][-1].token_ids
 
 
-def test_a_tool_is_called_and_its_answer_used(weather_session):
-    call = _last(weather_session.say("What is the weather in Paris?"))
-    assert call.metadata == "get_weather"
-    assert "tool_call(city='Paris')" in call.text
-    answer = _last(weather_session.say('{"temperature": 21, "condition": "sunny"}', role="observation"))
-    assert "21" in answer.text
-    assert "sunny" in answer.text
-
-
 def test_a_turn_that_is_left_is_kept_as_far_as_it_came(session):
     turns = session.say("Tell me a long story.")
     seen = [next(turns) for _ in range(5)]

@@ -1,14 +1,11 @@
-"""Messages become the ids that ChatGLM3 was trained on, and text never becomes a command."""
+"""Messages become the ids that ChatGLM3 was trained on."""
 
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from glmlab.models.chatglm3 import SPECIAL_TOKENS, ChatGLMTokenizer, build_tokenizer_backend
-from glmlab.prompts.encoding import PromptError, chat_segments, encode_chat, encode_segments
+from glmlab.prompts.encoding import PromptError, chat_segments, dissect, encode_chat, encode_segments
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}
@@ -17,57 +14,31 @@ OBSERVATION = {"role": "observation", "content": "25"}
 TOOLS = [{"name": "get_weather", "description": "查询天气", "parameters": {"type": "object"}}]
 
 
-def test_golden_chats(shared_data):
+def test_golden_chats(published, shared_data):
     golden = json.loads((shared_data / "chatglm3-tokenizer" / "golden.json").read_text())
-    backend = build_tokenizer_backend(shared_data / "chatglm3-tokenizer" / "tokenizer.model")
-    tokenizer = ChatGLMTokenizer(tokenizer_object=backend)
     for chat in golden["chat"]:
-        assert encode_chat(tokenizer, chat["messages"]) == chat["ids"], chat["name"]
+        assert encode_chat(published, chat["messages"]) == chat["ids"], chat["name"]
+        assert dissect(published, chat["messages"])["id"].tolist() == chat["ids"], chat["name"]
         if chat["name"] != "injection":  # Jinja cannot tell a typed role token from one that the template writes
-            templated = tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=True)
+            templated = published.apply_chat_template(chat["messages"], add_generation_prompt=True)
             assert templated["input_ids"] == chat["ids"], chat["name"]
 
 
 @pytest.mark.parametrize(
     ("messages", "tools"),
     [
-        ([USER], None),
         ([SYSTEM, USER, ASSISTANT, USER], None),
         ([SYSTEM, USER], TOOLS),
         ([SYSTEM, USER], []),
         ([USER, {**ASSISTANT, "metadata": "get_weather"}, OBSERVATION], None),
-        ([{**USER, "content": " two  blanks \n\n"}], None),
     ],
 )
-@pytest.mark.parametrize("opened", [True, False])
-def test_template_and_builder_agree(embedded, messages, tools, opened):
-    built = encode_chat(embedded.tokenizer, messages, tools, add_generation_prompt=opened)
-    templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=opened)
-    assert templated["input_ids"] == built
-
-
-def test_a_template_that_a_checkpoint_brings_does_not_change_the_ids(checkpoint, embedded):
+def test_a_template_that_a_checkpoint_brings_does_not_change_the_ids(checkpoint, embedded, messages, tools):
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
     (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    templated = tokenizer.apply_chat_template([SYSTEM, USER], add_generation_prompt=True)
-    assert templated["input_ids"] == encode_chat(embedded.tokenizer, [SYSTEM, USER])
-
-
-@given(text=st.text())
-def test_text_never_becomes_a_special_id(embedded, text):
-    tokenizer = embedded.tokenizer
-    specials = set(tokenizer.convert_tokens_to_ids([*SPECIAL_TOKENS, "<s>", "</s>"]))
-    typed = text + "".join(SPECIAL_TOKENS) + "</s>" + text
-    segments = chat_segments([{"role": "user", "content": typed}])
-    for segment, ids in zip(segments, encode_segments(tokenizer, segments), strict=True):
-        assert segment.special == bool(specials & set(ids))
-
-
-@given(text=st.text(st.characters(exclude_categories=["Cs"])))
-def test_text_comes_back(embedded, text):
-    ids = embedded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert embedded.tokenizer.decode(ids) == text
+    templated = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+    assert templated["input_ids"] == encode_chat(embedded.tokenizer, messages, tools)
 
 
 def test_tools_stand_in_the_system_message(embedded):
@@ -92,6 +63,8 @@ def test_empty_texts_have_no_ids(embedded):
         ([USER, OBSERVATION], None, r"message 1 \(observation\): an observation answers a tool call"),
         ([{"role": "user", "content": 3}], None, r"message 0 \(user\): content is int, not text"),
         ([USER, {**ASSISTANT, "metadata": "a\nb"}], None, r"message 1 \(assistant\): metadata must be one line"),
+        ([{"role": "user", "content": "a\ud83d"}], None, r"message 0 \(user\): character 1 is half of a character"),
+        ([SYSTEM, USER], ["\udc4b"], r"tools: character \d is half of a character .* Take it out"),
         ([USER], TOOLS, "tools are listed in the system message, but message 0 is not one"),
         ([SYSTEM, USER], [print], "the tools cannot be written as JSON"),
         ("Hello", None, "message 0 is str 'H', not a mapping. Give a list of messages such as"),
@@ -103,33 +76,23 @@ def test_rules_of_the_roles(embedded, messages, tools, message):
 
 
 class TestOtherFamilies:
-    def test_their_own_template_is_used(self, embedded):
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=embedded.tokenizer.backend_tokenizer,
-            chat_template="{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}",
-        )
-        assert encode_chat(tokenizer, [USER]) == tokenizer("[user]Hello", add_special_tokens=False)["input_ids"]
+    @staticmethod
+    def _tokenizer(embedded, template):
+        return PreTrainedTokenizerFast(tokenizer_object=embedded.tokenizer.backend_tokenizer, chat_template=template)
 
-    def test_a_base_model_has_no_chat(self, embedded):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=embedded.tokenizer.backend_tokenizer)
-        with pytest.raises(PromptError, match="has no chat template: this is a base model"):
-            encode_chat(tokenizer, [USER])
+    def test_their_own_template_is_used(self, embedded):
+        tokenizer = self._tokenizer(embedded, "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+        assert encode_chat(tokenizer, [USER]) == tokenizer("[user]Hello", add_special_tokens=False)["input_ids"]
 
     @pytest.mark.parametrize(
         ("template", "messages", "message"),
         [
-            (
-                "{{ raise_exception('roles must alternate') }}",
-                [USER],
-                "template refuses these messages: roles must",
-            ),
+            (None, [USER], "has no chat template: this is a base model"),
+            ("{{ raise_exception('no users') }}", [USER], "the chat template refuses these messages: no users"),
             ("{{ messages[0].content + 1 }}", [USER], "template refuses these messages: can only concatenate str"),
             ("{{ messages }}", ["Hello"], "message 0 is str 'Hello', not a mapping"),
         ],
     )
     def test_what_a_template_refuses_is_said(self, embedded, template, messages, message):
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=embedded.tokenizer.backend_tokenizer, chat_template=template
-        )
         with pytest.raises(PromptError, match=message):
-            encode_chat(tokenizer, messages)
+            encode_chat(self._tokenizer(embedded, template), messages)

@@ -1,8 +1,7 @@
-"""Every token of a prompt is accounted for, and text never becomes a command."""
+"""Every token of a prompt is accounted for, and text never becomes a command; formats of other families."""
 
 import json
 import re
-import time
 
 import pandas as pd
 import pytest
@@ -13,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from glmlab.generation.chat import ChatSession
-from glmlab.models.chatglm3 import SPECIAL_TOKENS, ChatGLMTokenizer, build_tokenizer_backend
+from glmlab.models.chatglm3 import SPECIAL_TOKENS, ChatGLMTokenizer
 from glmlab.prompts.encoding import (
     ROLES,
     PromptError,
@@ -48,27 +47,19 @@ _ANY = st.text(st.characters(exclude_categories=["Cs"]))
 _SNEAKY = st.lists(st.one_of(_ANY, st.sampled_from([*SPECIAL_TOKENS, "</s>", "<s>", "<unk>", "<0x0A>", "▁", "\r\n"])))
 TEXTS = _SNEAKY.map("".join)
 LINES = TEXTS.map(lambda text: text.replace("\n", " "))
+ALLOWED = {before: [role for role in ROLES if row[role]] for before, row in role_transitions().iterrows()}
 
 
 @st.composite
 def chats(draw, texts=TEXTS, lines=LINES):
     """Chats that keep the rules of the roles, of any text."""
-    allowed = role_transitions()
     messages, last = [], "start"
     for _ in range(draw(st.integers(1, 6))):
-        row = allowed.loc[last]
-        last = draw(st.sampled_from([role for role in ROLES if row[role]]))
+        last = draw(st.sampled_from(ALLOWED[last]))
         messages.append({"role": last, "content": draw(texts)})
         if last == "assistant":
             messages[-1]["metadata"] = draw(lines)
     return messages
-
-
-@pytest.fixture(scope="module")
-def published(shared_data):
-    """ChatGLM3-6B's own tokenizer."""
-    backend = build_tokenizer_backend(shared_data / "chatglm3-tokenizer" / "tokenizer.model")
-    return ChatGLMTokenizer(tokenizer_object=backend)
 
 
 def _check_spans(table, messages):
@@ -91,9 +82,8 @@ def _check_spans(table, messages):
 
 class TestChatGLM3:
     @given(messages=chats())
-    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    def test_every_token_is_accounted_for(self, embedded, messages):
-        tokenizer = embedded.tokenizer
+    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+    def test_every_token_is_accounted_for_and_no_text_becomes_a_special_id(self, tokenizer, messages):
         table = dissect(tokenizer, messages)
         assert table["id"].tolist() == encode_chat(tokenizer, messages)
         assert table["position"].tolist() == list(range(len(table)))
@@ -103,23 +93,15 @@ class TestChatGLM3:
         assert table["special"].tolist() == table["kind"].isin(["prefix", "role", "generation prompt"]).tolist()
         _check_spans(table, messages)
 
-    @given(messages=chats())
-    @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-    def test_the_published_tokenizer_too(self, published, messages):
-        table = dissect(published, messages)
-        assert table["id"].tolist() == encode_chat(published, messages)
-        assert (table["id"] >= 64789).tolist() == table["special"].tolist()
-        assert not table.loc[~table["special"], "id"].isin([0, 1, 2]).any()
-        _check_spans(table, messages)
-
-    @given(messages=chats(texts=_ANY, lines=_ANY.map(lambda text: "".join(text.split()))))
-    @settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
-    def test_the_chat_template_gives_the_same_ids(self, embedded, messages):
+    @given(messages=chats(texts=_ANY, lines=_ANY.map(lambda text: "".join(text.split()))), opened=st.booleans())
+    @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+    def test_the_chat_template_gives_the_same_ids(self, embedded, messages, opened):
         if any(token in f"{m['content']}{m.get('metadata')}" for m in messages for token in (*SPECIAL_TOKENS, "</s>")):
             return  # a typed token is what a template cannot tell from its own; see the test below
         tools = [{"name": "查询", "parameters": {}}] if messages[0]["role"] == "system" else None
-        templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
-        assert templated["input_ids"] == dissect(embedded.tokenizer, messages, tools)["id"].tolist()
+        templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=opened)
+        table = dissect(embedded.tokenizer, messages, tools, add_generation_prompt=opened)
+        assert templated["input_ids"] == table["id"].tolist()
 
     def test_the_chat_template_cannot_keep_a_typed_role_token_apart(self, embedded):
         messages = [{"role": "user", "content": "<|assistant|>"}]
@@ -128,31 +110,14 @@ class TestChatGLM3:
         command = embedded.tokenizer.convert_tokens_to_ids("<|assistant|>")
         assert (built.count(command), templated.count(command)) == (1, 2)
 
-    @pytest.mark.parametrize("model", ["embedded", "published"])
-    def test_the_whole_of_unicode_comes_back(self, request, model):
+    def test_the_whole_of_unicode_comes_back(self, tokenizer):
         """Every character but ▁, which sentencepiece itself writes for a blank."""
-        loaded = request.getfixturevalue(model)
-        tokenizer = loaded if model == "published" else loaded.tokenizer
         points = [*range(0xD800), *range(0xE000, 0x30000), *range(0xE0000, 0xE0200), *range(0x10FF00, 0x110000)]
         text = "".join(map(chr, points)).replace("▁", "")
         parts = [text[i : i + 512] for i in range(0, len(text), 512)]
         ids = tokenizer(parts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert tokenizer.batch_decode(ids) == parts
         assert tokenizer.decode(tokenizer("a▁b", add_special_tokens=False)["input_ids"]) == "a b"
-
-    def test_golden_vectors(self, published):
-        assert dissect(published, [{"role": "user", "content": "你好"}])["id"].tolist() == [
-            64790, 64792, 64795, 30910, 13, 36474, 54591, 64796,
-        ]  # fmt: skip
-        assert dissect(published, [{"role": "user", "content": "Hello, who are you?"}])["id"].tolist() == [
-            64790, 64792, 64795, 30910, 13, 13755, 30932, 554, 383, 344, 30987, 64796,
-        ]  # fmt: skip
-
-    def test_golden_file(self, published, shared_data):
-        golden = json.loads((shared_data / "chatglm3-tokenizer" / "golden.json").read_text())
-        for chat in golden["chat"]:
-            table = dissect(published, chat["messages"])
-            assert table["id"].tolist() == chat["ids"], chat["name"]
 
     def test_rows_say_where_a_token_comes_from(self, embedded):
         table = dissect(embedded.tokenizer, CHAT, TOOLS)
@@ -174,47 +139,21 @@ class TestChatGLM3:
         assert wave["bytes"].tolist() == [b"\xf0", b"\x9f", b"\x91", b"\x8b"]
         assert set(zip(wave["start"], wave["end"], strict=True)) == {(1, 2)}
 
-    @pytest.mark.parametrize(
-        ("messages", "tools", "message"),
-        [
-            ([{"role": "user", "content": "a\ud83d"}], None, r"message 0 \(user\): character 1 is half of a character"),
-            ([CHAT[0], *HELLO], ["\udc4b"], r"tools: character \d is half of a character .* Take it out"),
-            ([*HELLO, *HELLO], None, "two user messages in a row"),
-        ],
-    )
-    def test_what_cannot_be_a_prompt_is_refused(self, embedded, messages, tools, message):
-        with pytest.raises(PromptError, match=message):
-            dissect(embedded.tokenizer, messages, tools)
-
     def test_a_vocabulary_that_loses_text_is_refused(self):
         backend = Tokenizer(models.BPE(vocab={"<unk>": 0, "▁": 1, "a": 2}, merges=[], unk_token="<unk>"))
         tokenizer = ChatGLMTokenizer(tokenizer_object=backend)
         with pytest.raises(PromptError, match=r"message 0 \(user\): its tokens spell another text .* lacks some"):
             dissect(tokenizer, [{"role": "user", "content": "aé"}])
 
-    def test_32000_tokens_in_less_than_a_second(self, embedded):
-        turn = [
-            {"role": "user", "content": "你好 world, 3 + 4 👋\n" * 40},
-            {"role": "assistant", "content": "天气 is " * 60},
-        ]
-        messages = turn * 60
-        dissect(embedded.tokenizer, messages[:2])
-        started = time.process_time()  # the machine may be busy with others
-        table = dissect(embedded.tokenizer, messages)
-        assert time.process_time() - started < 1
-        assert len(table) > 32_000
 
-
-class TestRules:
-    def test_transitions_are_those_of_the_chapter(self):
-        allowed = role_transitions()
-        assert {before: [role for role in ROLES if row[role]] for before, row in allowed.iterrows()} == {
-            "start": ["system", "user"],
-            "system": ["user"],
-            "user": ["assistant"],
-            "assistant": ["user", "assistant", "observation"],
-            "observation": ["user", "assistant"],
-        }
+def test_roles_follow_as_in_the_chapter():
+    assert ALLOWED == {
+        "start": ["system", "user"],
+        "system": ["user"],
+        "user": ["assistant"],
+        "assistant": ["user", "assistant", "observation"],
+        "observation": ["user", "assistant"],
+    }
 
 
 class TestView:
@@ -224,17 +163,12 @@ class TestView:
             {"role": "user", "content": attack},
             {"role": "assistant", "metadata": "<b>&", "content": "</table>"},
         ]
-        html = dissect(embedded.tokenizer, messages)._repr_html_()
+        table = dissect(embedded.tokenizer, messages)
+        table["piece"] = '"><script>&'  # of another vocabulary
+        html = table._repr_html_()
+        assert "&quot;&gt;&lt;script&gt;&amp;" in html
         assert set(re.findall(r"</?(\w+)", html)) == {"table", "thead", "tbody", "tr", "th", "td"}
         assert set(re.findall(r"<\w+ (\w+)=", html)) == {"style"}
-
-    def test_pieces_of_other_vocabularies_are_escaped(self, embedded):
-        table = dissect(embedded.tokenizer, HELLO)
-        table["piece"] = "<script>"
-        table["text"] = '"><script>&'
-        html = table._repr_html_()
-        assert "<script" not in html
-        assert "&quot;&gt;&lt;script&gt;&amp;" in html
 
     def test_white_space_and_bytes_are_visible(self, embedded):
         html = dissect(embedded.tokenizer, [{"role": "user", "content": "a b\n你👋"}])._repr_html_()
@@ -257,12 +191,9 @@ class TestView:
     def test_what_shows_nothing_shows_its_code_point(self, text, shown):
         assert visible(text) == shown
 
-    def test_roles_have_their_colours(self, embedded):
-        rows = re.findall(r'<tr style="background:(#\w+)', dissect(embedded.tokenizer, CHAT)._repr_html_())
-        assert len(set(rows)) == 1 + 2 * len(ROLES)  # the prefix; each role full and tinted
-
-    def test_ink_is_readable(self, embedded):
+    def test_roles_have_their_colours_and_ink_is_readable(self, embedded):
         pairs = re.findall(r"background:(#\w{6});color:(#\w{3})", dissect(embedded.tokenizer, CHAT)._repr_html_())
+        assert len(set(pairs)) == 1 + 2 * len(ROLES)  # the prefix; each role full and tinted
         for background, ink in pairs:
             red, green, blue = (((int(background[i : i + 2], 16) / 255 + 0.055) / 1.055) ** 2.4 for i in (1, 3, 5))
             luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -303,23 +234,18 @@ def other(request):
 
 
 class TestOtherFamilies:
-    def test_ids_are_those_of_their_template(self, other):
+    def test_ids_are_those_of_their_template_and_texts_are_found(self, other):
         _, tokenizer = other
         table = dissect(tokenizer, CHAT)
         assert table["id"].tolist() == encode_chat(tokenizer, CHAT)
         assert table["kind"].iloc[-1] == "generation prompt"
-
-    def test_texts_are_found_and_tiled(self, other):
-        _, tokenizer = other
-        table = dissect(tokenizer, CHAT)
         text = table[table["kind"] == "text"]
         assert text["message"].drop_duplicates().tolist() == [0, 1, 2, 3, 5]
         for index, part in text.groupby("message"):
             assert b"".join(part["bytes"]).decode() == CHAT[index]["content"]
             assert part["start"].iloc[0] == 0
             assert part["end"].iloc[-1] == len(CHAT[index]["content"])
-        wave = text[text["text"] == "👋"]
-        assert [len(held) for held in wave["bytes"]] == [1, 1, 1, 1]
+        assert text.loc[text["text"] == "👋", "bytes"].map(len).tolist() == [1, 1, 1, 1]
 
     def test_their_templates_turn_typed_tokens_into_commands(self, other):
         """What ChatGLM3's builder prevents is visible in the table: a special token inside a text."""
