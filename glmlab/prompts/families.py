@@ -7,7 +7,7 @@ it they are left out, never estimated.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
@@ -21,7 +21,6 @@ from glmlab.prompts.templates import template_segments
 FORMATS = ("ChatGLM3", "Qwen2.5", "GLM-4")
 
 _ONE_TURN: tuple[Message, ...] = ({"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
-_KINDS = get_args(SegmentKind)
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,10 @@ def compare_formats(
 
     Returns:
         One row a format: ``text_characters`` (the messages' own), ``frame_characters`` (all that the format adds),
-        ``special_tokens`` among the latter; what a turn of one user message and one answer adds beside its texts:
-        ``special_tokens_per_turn``, ``frame_characters_per_turn``, ``frame_tokens_per_turn``; and by kind
-        ``prefix_tokens``, ``role_tokens``, ``metadata_tokens``, ``text_tokens``, ``generation_prompt_tokens``, and all
-        ``tokens``. A count is missing (<NA>) where the format's tokenizer was not given.
+        ``special_tokens`` among the latter; tokens by kind, such as ``prefix_tokens`` and ``text_tokens``, and all
+        ``tokens``; and what a turn of one user message and one answer adds beside its texts:
+        ``special_tokens_per_turn``, ``frame_characters_per_turn``, ``frame_tokens_per_turn``. A count is missing (<NA>)
+        where the format's tokenizer was not given.
 
     Raises:
         PromptError: the messages break a rule, or a tokenizer is for a format that is not compared.
@@ -104,44 +103,41 @@ def compare_formats(
     tokenizers = tokenizers or {}
     for name in tokenizers:
         chat_format(name)
-    rows = {
-        name: {**_characters(chat_format(name), messages), **_tokens(tokenizers.get(name), messages)}
-        for name in FORMATS
-    }
+    rows = {}
+    for name in FORMATS:
+        chat, tokenizer = chat_format(name), tokenizers.get(name)
+        counts = _counts(chat, tokenizer, messages, add_generation_prompt=True)
+        one, two = (_counts(chat, tokenizer, _ONE_TURN * n, add_generation_prompt=False) for n in (1, 2))
+        per_turn = {
+            f"{count}_per_turn": None if one[count] is None else two[count] - one[count]
+            for count in ("special_tokens", "frame_characters", "frame_tokens")
+        }
+        del counts["frame_tokens"]
+        rows[name] = {**counts, **per_turn}
     return pd.DataFrame.from_dict(rows, orient="index").astype("Int64").rename_axis("format")
 
 
-def _characters(chat: ChatFormat, messages: Sequence[Message]) -> dict[str, int]:
-    segments = chat.segments(messages)
-    one, two = (_frame(chat, chat.segments(_ONE_TURN * turns, add_generation_prompt=False)) for turns in (1, 2))
-    characters, special = _frame(chat, segments)
-    return {
+def _counts(
+    chat: ChatFormat,
+    tokenizer: PreTrainedTokenizerBase | None,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+) -> dict[str, Any]:
+    segments = chat.segments(messages, add_generation_prompt=add_generation_prompt)
+    written = "\n".join(segment.text for segment in segments if segment.kind not in ("metadata", "text"))
+    counts: dict[str, Any] = {
         "text_characters": sum(len(segment.text) for segment in segments if segment.kind == "text"),
-        "frame_characters": characters,
-        "special_tokens": special,
-        "special_tokens_per_turn": two[1] - one[1],
-        "frame_characters_per_turn": two[0] - one[0],
+        "frame_characters": sum(len(segment.text) for segment in segments if segment.kind != "text"),
+        "special_tokens": sum(written.count(token) for token in chat.special_tokens),
     }
-
-
-def _frame(chat: ChatFormat, segments: Sequence[Segment]) -> tuple[int, int]:
-    """Characters that the format adds to the texts, and special tokens among them."""
-    characters = sum(len(segment.text) for segment in segments if segment.kind != "text")
-    written = [segment.text for segment in segments if segment.kind not in ("metadata", "text")]
-    return characters, sum(text.count(token) for text in written for token in chat.special_tokens)
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message]) -> dict[str, int | None]:
-    columns = [f"{kind.replace(' ', '_')}_tokens" for kind in _KINDS]
+    kinds = get_args(SegmentKind)
+    names = ["frame_tokens", *(f"{kind.replace(' ', '_')}_tokens" for kind in kinds), "tokens"]
     if tokenizer is None:
-        return dict.fromkeys(["frame_tokens_per_turn", *columns, "tokens"])
-    one, two = (
-        int((dissect(tokenizer, _ONE_TURN * turns, add_generation_prompt=False)["kind"] != "text").sum())
-        for turns in (1, 2)
-    )
-    kinds = dissect(tokenizer, messages)["kind"]
-    counts = {column: int((kinds == kind).sum()) for column, kind in zip(columns, _KINDS, strict=True)}
-    return {"frame_tokens_per_turn": two - one, **counts, "tokens": len(kinds)}
+        return counts | dict.fromkeys(names)
+    kind = dissect(tokenizer, messages, add_generation_prompt=add_generation_prompt)["kind"]
+    numbers = [(kind != "text").sum(), *((kind == each).sum() for each in kinds), len(kind)]
+    return counts | dict(zip(names, map(int, numbers), strict=True))
 
 
 def characters_per_token(tokenizers: Mapping[str, PreTrainedTokenizerBase], texts: Mapping[str, str]) -> pd.DataFrame:
