@@ -1,14 +1,11 @@
 """Where each class and method of the published ChatGLM3 code is today."""
 
-from pkgutil import resolve_name
-
 import pandas as pd
 
 from glmlab.core.resources import data_path
 from glmlab.structure.graph import ClassGraph, StructureError
 
-ASIDE = ("InvalidScoreLogitsProcessor", "LogitsProcessor", "PrefixEncoder", "AutoModelForSeq2SeqLM")
-"""Classes of the published file, beside those for classification, that a chat does not use."""
+_ASIDE = ("InvalidScoreLogitsProcessor", "LogitsProcessor", "PrefixEncoder", "AutoModelForSeq2SeqLM")
 
 
 def side_by_side(original: ClassGraph) -> pd.DataFrame:
@@ -19,11 +16,10 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
             :func:`~glmlab.structure.source.read_class_facts`.
 
     Returns:
-        One row a class or method, from ``data/structure/chatglm3-today.csv``: original, today, change. Every name of
-        today is looked up, so that no row outlives what it names.
+        One row a class or method, from ``data/structure/chatglm3-today.csv``: original, today, change.
 
     Raises:
-        StructureError: the graph is not of ChatGLM3's file, or a name of today no longer exists.
+        StructureError: the graph is not of ChatGLM3's file.
 
     Example:
         >>> from glmlab.structure.source import read_class_facts
@@ -39,13 +35,8 @@ def side_by_side(original: ClassGraph) -> pd.DataFrame:
     rows = []
     for name, today, change in places_today().itertuples(index=False):
         class_name, _, method = name.partition(".")
-        if class_name not in original.classes or (method and not original.classes[class_name].defines(method)):
-            continue
-        try:
-            resolve_name(today)
-        except (ImportError, AttributeError) as error:
-            raise StructureError(f"{today} no longer exists ({error}): update chatglm3-today.csv.") from error
-        rows.append((f"  {method}()" if method else class_name, _short(today), change))
+        if class_name in original.classes and (not method or original.classes[class_name].defines(method)):
+            rows.append((f"  {method}()" if method else class_name, _short(today), change))
     return pd.DataFrame(rows, columns=["original", "today", "change"])
 
 
@@ -63,15 +54,13 @@ def chat_side(original: ClassGraph) -> ClassGraph:
         >>> "PrefixEncoder" in graph.classes, any(node.name == "PrefixEncoder" for node in chat_side(graph).nodes)
         (True, False)
     """
-    kept = [name for name in original.classes if name not in ASIDE and "SequenceClassification" not in name]
+    kept = [name for name in original.classes if name not in _ASIDE and "SequenceClassification" not in name]
     return original.select(include=kept)
 
 
 def _short(path: str) -> str:
     """A path without the modules inside transformers and PyTorch."""
-    library, _, _ = path.partition(".")
+    library, *inner, name = path.split(".")
     if library == "torch":
-        return f"nn.{path.rpartition('.')[2]}"
-    parts = path.split(".")
-    named = [part for index, part in enumerate(parts) if part[:1].isupper() or index == len(parts) - 1]
-    return f"{library}.{'.'.join(named)}"
+        return f"nn.{name}"
+    return ".".join([library, *(part for part in inner if part[0].isupper()), name])

@@ -6,7 +6,7 @@ live.py builds graphs from Python objects, source.py from text. Nothing here imp
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pandas as pd
 
@@ -17,8 +17,11 @@ NodeKind = Literal["class", "mixin", "torch", "auto", "outside"]
 
 ArrowKind = Literal["inherits", "has", "builds"]
 
-Members = Literal["calls", "public", "all", "none"] | Sequence[str]
-"""Which members are shown: those that users call, all public ones, all, none, or a list of names."""
+MemberKind = Literal["method", "class method", "static method", "property"]
+
+Members = Literal["calls", "all", "none"]
+"""Which members are shown: of classes of PyTorch and transformers those in :data:`USER_CALLS`, of others the public
+ones; all; or none."""
 
 USER_CALLS = (
     "__call__", "forward", "generate", "from_pretrained", "from_config", "save_pretrained", "push_to_hub",
@@ -40,10 +43,9 @@ class Member:
     """A method or property of the class that defines it."""
 
     name: str
-    kind: Literal["method", "class method", "static method", "property"] = "method"
+    kind: MemberKind = "method"
     abstract: bool = False
-    overrides: str | None = None
-    """The next class in the MRO that defines the same name."""
+    overrides: str | None = None  # the next class in the MRO that defines the same name
 
     @property
     def label(self) -> str:
@@ -53,12 +55,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Part:
-    """What instances of a class hold: an attribute, the class of its value, and how many."""
+    """What instances of a class hold: an attribute, the class of its value, and how many.
+
+    The counts are the fewest and the most over all instances in the model; None if the source alone does not say.
+    """
 
     attribute: str
     class_name: str
     at_least: int | None = 1
-    """Fewest over all instances in the model; None if the source alone does not say."""
     at_most: int | None = 1
 
     @property
@@ -87,19 +91,11 @@ class ClassNode:
 
     name: str
     module: str
-    bases: tuple[str, ...]
-    """Direct bases in the order of the class statement, without ``object``."""
-    mro: tuple[str, ...]
-    """The class and all its ancestors in method resolution order, without ``object``."""
-    members: tuple[Member, ...] = ()
-    """What the class itself defines, in its own order."""
+    bases: tuple[str, ...]  # in the order of the class statement, without object
+    mro: tuple[str, ...]  # the class and all its ancestors, without object
+    members: tuple[Member, ...] = ()  # in the order of the class statement
     parts: tuple[Part, ...] = ()
     kind: NodeKind = "class"
-
-    @property
-    def abstract(self) -> bool:
-        """Whether it defines an abstract method."""
-        return any(member.abstract for member in self.members)
 
     def defines(self, name: str) -> bool:
         """Whether the class itself defines a member of this name."""
@@ -123,12 +119,9 @@ class ClassGraph:
     JupyterLab shows it as a mermaid class diagram.
     """
 
-    classes: Mapping[str, ClassNode]
-    """Every class by name, hidden ones included."""
-    roots: tuple[str, ...]
-    """The classes that were asked for."""
-    builds: tuple[Arrow, ...] = ()
-    """Which Auto class or config leads to which class."""
+    classes: Mapping[str, ClassNode]  # by name, hidden ones included
+    roots: tuple[str, ...]  # the classes that were asked for
+    builds: tuple[Arrow, ...] = ()  # which Auto class or config leads to which class
     members: Members = "calls"
     hidden: frozenset[str] = field(default=frozenset(), repr=False)
 
@@ -175,24 +168,15 @@ class ClassGraph:
             elif base in self.classes:
                 yield from self._visible_bases(self.classes[base], (*between, base))
 
-    def shown_members(self, node: ClassNode) -> tuple[Member, ...]:
-        """Members that a picture shows; abstract ones always, unless it shows none."""
-        return tuple(member for member in node.members if self._shown(node, member))
-
-    def _shown(self, node: ClassNode, member: Member) -> bool:
+    def _shows(self, node: ClassNode, member: Member) -> bool:
+        """Whether a picture shows a member; abstract ones always, unless it shows none."""
         if self.members == "none":
             return False
         if self.members == "all" or member.abstract:
             return True
-        if self.members == "calls" and node.module.partition(".")[0] in _LIBRARIES:
+        if node.module.partition(".")[0] in _LIBRARIES:
             return member.name in USER_CALLS
-        if self.members in ("calls", "public"):
-            return not member.name.startswith("_")
-        return member.name in self.members
-
-    def shown_parts(self, node: ClassNode) -> tuple[Part, ...]:
-        """Parts that a picture writes as attributes, because their class is not visible."""
-        return tuple(part for part in node.parts if not self._visible(part.class_name))
+        return not member.name.startswith("_")
 
     def select(
         self,
@@ -220,8 +204,8 @@ class ClassGraph:
             >>> graph.select(include="A").arrows
             (Arrow(kind='inherits', source='C', target='A', label='via B'),)
         """
-        if members is not None and isinstance(members, str) and members not in ("calls", "public", "all", "none"):
-            raise StructureError(f"members={members!r} is not known. Use calls, public, all, none, or a list of names.")
+        if members is not None and members not in get_args(Members):
+            raise StructureError(f"members={members!r} is not known. Use {', '.join(get_args(Members))}.")
         kept = set(self.classes) - self.hidden
         if depth is not None:
             if depth < 0:
@@ -270,17 +254,6 @@ class ClassGraph:
             columns=["call", "defined in", "hides"],
         )
 
-    def contributions(self, name: str) -> tuple[str, ...]:
-        """Members that the first root would lose without this ancestor.
-
-        Raises:
-            StructureError: the class is not one of the root's ancestors.
-        """
-        lineage = self.classes[self.roots[0]].mro
-        if name not in lineage:
-            raise StructureError(f"{name} is no ancestor of {lineage[0]}. Its ancestors are {', '.join(lineage[1:])}.")
-        return tuple(member.name for member in self.classes[name].members if self.definers(member.name)[0] == name)
-
     def to_frame(self) -> pd.DataFrame:
         """Everything that a picture of the graph shows, one row each; a picture can be drawn from it alone.
 
@@ -300,16 +273,18 @@ class ClassGraph:
             >>> graph.to_frame().values.tolist()
             [['class', 'A', '', 'class', 'root abstract'], ['member', 'A', '', 'run()', 'abstract']]
         """
+        shown = {node.name: [m for m in node.members if self._shows(node, m)] for node in self.nodes}
+        overridden = {(member.overrides, member.name) for members in shown.values() for member in members}
         rows: list[tuple[str, ...]] = []
-        overridden = {(m.overrides, m.name) for node in self.nodes for m in self.shown_members(node)}
         for node in self.nodes:
-            notes = {"root": node.name in self.roots, "abstract": node.abstract}
-            rows.append(("class", node.name, "", node.kind, " ".join(note for note, holds in notes.items() if holds)))
-            rows += [("attribute", node.name, "", part.label, "") for part in self.shown_parts(node)]
-            for member in self.shown_members(node):
+            notes = {"root": node.name in self.roots, "abstract": any(member.abstract for member in node.members)}
+            rows.append(("class", node.name, "", node.kind, _noted(notes)))
+            for part in node.parts:
+                if not self._visible(part.class_name):
+                    rows.append(("attribute", node.name, "", part.label, ""))
+            for member in shown[node.name]:
                 notes = {"abstract": member.abstract, "overridden": (node.name, member.name) in overridden}
-                note = " ".join(note for note, holds in notes.items() if holds)
-                rows.append(("member", node.name, "", member.label, note))
+                rows.append(("member", node.name, "", member.label, _noted(notes)))
         rows += [(arrow.kind, arrow.source, arrow.target, arrow.label, "") for arrow in self.arrows]
         return pd.DataFrame(rows, columns=["row", "source", "target", "label", "note"])
 
@@ -328,43 +303,22 @@ class ClassGraph:
         """
         lines = ['%%{init: {"class": {"hideEmptyMembersBox": true}}}%%', "classDiagram"]
         lines += [f"    accTitle: {repr(self).replace(':', ';')}", "    direction BT"]  # accTitle: the alternative text
-        for node in self.nodes:
-            inside = [f"<<{node.kind}>>"] if node.kind != "class" else []
-            inside += [_mermaid_text(part.label) for part in self.shown_parts(node)]
-            inside += [f"{member.label}{'*' if member.abstract else ''}" for member in self.shown_members(node)]
-            lines += _block(f'    class {_identifier(node.name)}["{node.name}"]', inside)
+        inside: dict[str, list[str]] = {}
+        for row, name, target, label, note in self.to_frame().itertuples(index=False):
+            if row == "class":
+                inside[name] = [f"<<{label}>>"] if label != "class" else []
+            elif not target:
+                text = label if row == "member" else _mermaid_text(label)
+                inside[name].append(f"{text}{'*' if 'abstract' in note else ''}")
+        for name, texts in inside.items():
+            head = f'    class {_identifier(name)}["{name}"]'
+            lines += [f"{head} {{", *(f"        {text}" for text in texts), "    }"] if texts else [head]
         for arrow in self.arrows:  # from the lower end to the upper: bases, wholes and builders stand above
             label = f" : {_mermaid_text(arrow.label)}" if arrow.label else ""
             source, target = _identifier(arrow.source), _identifier(arrow.target)
             relation = {"inherits": f"{source} --|> {target}", "has": f"{target} --* {source}"}
             lines.append(f"    {relation.get(arrow.kind, f'{target} <.. {source}')}{label}")
         return "\n".join(lines)
-
-    def to_plantuml(self) -> str:
-        """Text of a PlantUML class diagram.
-
-        Example:
-            >>> node = ClassNode("A", "m", (), ("A",), (Member("run", abstract=True),))
-            >>> print(build_graph([node], roots=["A"]).to_plantuml())
-            @startuml
-            hide empty members
-            abstract class "A" as A {
-                {abstract} run()
-            }
-            @enduml
-        """
-        lines = ["@startuml", "hide empty members"]
-        for node in self.nodes:
-            inside = [f"{{field}} {part.label}" for part in self.shown_parts(node)]
-            inside += [f"{'{abstract} ' if m.abstract else ''}{m.label}" for m in self.shown_members(node)]
-            stereotype = f" <<{node.kind}>>" if node.kind != "class" else ""
-            kind = "abstract class" if node.abstract else "class"
-            lines += _block(f'{kind} "{node.name}" as {_identifier(node.name)}{stereotype}', inside)
-        signs = {"inherits": "--|>", "has": "*--", "builds": "..>"}
-        for arrow in self.arrows:
-            label = f" : {arrow.label}" if arrow.label else ""
-            lines.append(f"{_identifier(arrow.source)} {signs[arrow.kind]} {_identifier(arrow.target)}{label}")
-        return "\n".join([*lines, "@enduml"])
 
     def __repr__(self) -> str:
         hidden = f" ({len(self.hidden)} hidden)" if self.hidden else ""
@@ -404,16 +358,12 @@ def _mixins(classes: Mapping[str, ClassNode]) -> set[str]:
     return named | {name for name in beside - with_init if name in classes and classes[name].kind == "class"}
 
 
+def _noted(notes: Mapping[str, bool]) -> str:
+    return " ".join(note for note, holds in notes.items() if holds)
+
+
 def _identifier(name: str) -> str:
     return "".join(char if char.isalnum() or char == "_" else "_" for char in name)
-
-
-def _block(head: str, inside: Sequence[str]) -> list[str]:
-    """A class of a diagram's text: its head, and its lines in braces, indented below it."""
-    if not inside:
-        return [head]
-    indent = head[: len(head) - len(head.lstrip())]
-    return [f"{head} {{", *(f"{indent}    {line}" for line in inside), f"{indent}}}"]
 
 
 def _mermaid_text(text: str) -> str:

@@ -6,6 +6,7 @@ quantisation state, lists each of 28 equal layers, and fails on a decode step wi
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -92,7 +93,7 @@ def module_tree(loaded: LoadedModel | nn.Module) -> ModuleTree:
     for path, sizes in own.items():
         for inside in ("", *(path[:end] for end in range(1, len(path) + 1) if f"{path}."[end] == ".")):
             whole[inside] = [total + size for total, size in zip(whole[inside], sizes, strict=True)]
-    shapes = decode_shapes(model)
+    shapes = _decode_shapes(model)
     rows = [
         {
             "module": shown_path,
@@ -112,35 +113,26 @@ def module_tree(loaded: LoadedModel | nn.Module) -> ModuleTree:
     return ModuleTree(name, pd.DataFrame(rows))
 
 
-def decode_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _decode_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Shape of the first tensor that every module returns in one decode step: module path -> shape."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def listen(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if (tensor := _first_tensor(output)) is not None:
-                shapes[path] = tuple(tensor.shape)
+    def note(path: str, output: Any) -> None:
+        values = (
+            tuple(output.values()) if isinstance(output, dict) else output
+        )  # of transformers; the logits come first
+        values = values if isinstance(values, (tuple, list)) else [values]
+        if tensors := [value for value in values if isinstance(value, Tensor)]:
+            shapes[path] = tuple(tensors[0].shape)
 
-        return hook
-
-    device = next(model.parameters()).device
-    prompt = torch.ones(1, _CONTEXT_TOKENS, dtype=torch.long, device=device)
-    with torch.no_grad():
+    prompt = torch.ones(1, _CONTEXT_TOKENS, dtype=torch.long, device=next(model.parameters()).device)
+    with torch.no_grad(), ExitStack() as hooks:
         cache = model(input_ids=prompt, use_cache=True).past_key_values
-        handles = [module.register_forward_hook(listen(path)) for path, module in model.named_modules()]
-        try:
-            model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        for path, module in model.named_modules():
+            handle = module.register_forward_hook(lambda _module, _inputs, output, path=path: note(path, output))
+            hooks.callback(handle.remove)
+        model(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
     return shapes
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    if isinstance(output, dict):  # transformers' outputs; the logits come first
-        output = tuple(output.values())
-    values = output if isinstance(output, (tuple, list)) else [output]
-    return next((value for value in values if isinstance(value, Tensor)), None)
 
 
 def _own_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -152,7 +144,7 @@ def _own_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
         seen |= {id(tensor) for _, tensor in fresh}
         sizes[path] = (
             sum(_parameter_count(tensor) for name, tensor in fresh if name in module._parameters),
-            sum(_n_bytes(part) for _, tensor in fresh for part in (tensor, *quantisation_state_of(module, tensor))),
+            sum(part.nbytes for _, tensor in fresh for part in (tensor, *quantisation_state_of(module, tensor))),
         )
     return sizes
 
@@ -163,18 +155,10 @@ def _parameter_count(tensor: Tensor) -> int:
     return tensor.numel() if state is None else torch.Size(state.shape).numel()
 
 
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-_Row = tuple[str, str, int, Sequence[str]]
-"""Shown path, label, level, and the paths of the equal modules in the row."""
-
-
 def _folded(
     model: nn.Module, paths: Sequence[str] = ("",), shown: str = "", label: str = "", level: int = 0
-) -> Iterator[_Row]:
-    """Rows of equal modules in corresponding places: their own row, then those of their parts."""
+) -> Iterator[tuple[str, str, int, Sequence[str]]]:
+    """Shown path, label, level and paths of equal modules in corresponding places; then the rows of their parts."""
     module = model.get_submodule(paths[0])
     yield shown, f"{label}{type(module).__name__}", level, paths
     for run in _equal_runs(module):

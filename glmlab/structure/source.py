@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from glmlab.structure.graph import Arrow, ClassGraph, ClassNode, Member, Part, StructureError, build_graph
+from glmlab.structure.graph import Arrow, ClassGraph, ClassNode, Member, MemberKind, Part, StructureError, build_graph
 
 _CONTAINERS = ("torch.nn.ModuleList", "torch.nn.ModuleDict", "torch.nn.Sequential")
 _NO_MODULES = ("torch.nn.Parameter",)
@@ -48,18 +48,15 @@ def source_class_graph(folder_or_file: str | Path) -> ClassGraph:
     outside: dict[str, ClassNode] = {}
     for module in modules:
         for definition in module.classes.values():
-            bases = [path for base in definition.bases if (path := module.path(base)) != "object"]
-            outside |= {path: _outside(path, local) for path in bases if path not in local}
-            nodes.append(
-                ClassNode(
-                    name=definition.name,
-                    module=module.name,
-                    bases=tuple(_name(path, local) for path in bases),
-                    mro=(),
-                    members=tuple(_members(definition)),
-                    parts=tuple(_parts(module, definition, local)),
-                )
-            )
+            paths = [path for base in definition.bases if (path := module.path(base)) != "object"]
+            outside |= {path: _outside(path, local) for path in paths if path not in local}
+            bases = tuple(_name(path, local) for path in paths)
+            reader = _InitReader(module, local)
+            for statement in definition.body:
+                if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
+                    reader.read(statement.body)
+            parts = tuple(reader.found.values())
+            nodes.append(ClassNode(definition.name, module.name, bases, (), tuple(_members(definition)), parts))
     builds = _auto_map(files[0].with_name("config.json"), {node.name for node in nodes})
     makers = [_outside(f"transformers.{arrow.source}", local) for arrow in builds]
     return _assemble([*nodes, *outside.values(), *makers], builds)
@@ -85,10 +82,8 @@ class _Module:
     """The syntax tree of a source file: its classes, and what its names stand for."""
 
     name: str
-    classes: dict[str, ast.ClassDef]
-    """Path -> definition, in the file's order."""
-    names: dict[str, str]
-    """Name in the file -> path: ``nn`` -> ``torch.nn``."""
+    classes: dict[str, ast.ClassDef]  # path -> definition, in the file's order
+    names: dict[str, str]  # name in the file -> path: nn -> torch.nn
 
     def path(self, expression: ast.expr) -> str:
         """Full path of a dotted name: ``nn.Linear`` -> ``torch.nn.Linear``; local variables stay as they are."""
@@ -102,21 +97,15 @@ def _read_module(file: Path) -> _Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about the file's style
-            tree = ast.parse(file.read_text(encoding="utf-8-sig"))  # like Python, skips a byte order mark
+            tree = ast.parse(file.read_text(encoding="utf-8-sig"), file.name)  # like Python, skips a byte order mark
     except OSError as error:
         raise StructureError(f"{file} cannot be read ({error.strerror}).") from error
-    except UnicodeDecodeError as error:
-        raise StructureError(f"{file.name} is not UTF-8 text ({error.reason}). Download it again.") from error
-    except (SyntaxError, ValueError) as error:
-        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise StructureError(f"{file.name}{where} is not Python: {reason}. Download it again, or fix it.") from error
-    except (RecursionError, MemoryError) as error:
-        raise StructureError(f"{file.name} is nested too deeply to be read. It is no ordinary source.") from error
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # not UTF-8, not Python, nested too deeply
+        raise StructureError(f"{file.name} is not Python source: {error}. Download it again, or fix it.") from error
     names: dict[str, str] = {}
     classes = {}
     for statement, _ in _statements(tree.body):
-        if isinstance(statement, ast.Import):
+        if isinstance(statement, ast.Import):  # import a.b binds a
             names |= {
                 a.asname or a.name.split(".")[0]: a.name if a.asname else a.name.split(".")[0] for a in statement.names
             }
@@ -155,33 +144,27 @@ def _outside(path: str, local: Mapping[str, str]) -> ClassNode:
     return ClassNode(name, module, (), (name,), kind="torch" if module.partition(".")[0] == "torch" else "outside")
 
 
+_MEMBER_KINDS: dict[str, MemberKind] = {  # decorator -> kind
+    "property": "property", "cached_property": "property", "classmethod": "class method",
+    "staticmethod": "static method",
+}  # fmt: skip
+
+
 def _members(definition: ast.ClassDef) -> Iterable[Member]:
     found: dict[str, Member] = {}
     for statement, _ in _statements(definition.body):
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            marks = {ast.unparse(decorator).rpartition(".")[2] for decorator in statement.decorator_list}
-            member = Member(statement.name, abstract="abstractmethod" in marks)
-            if marks & {"property", "cached_property"}:
-                member = replace(member, kind="property")
-            elif "classmethod" in marks:
-                member = replace(member, kind="class method")
-            elif "staticmethod" in marks:
-                member = replace(member, kind="static method")
-            found.setdefault(statement.name, member)
+            marks = [ast.unparse(decorator).rpartition(".")[2] for decorator in statement.decorator_list]
+            kind: MemberKind = next((_MEMBER_KINDS[mark] for mark in marks if mark in _MEMBER_KINDS), "method")
+            found.setdefault(statement.name, Member(statement.name, kind, "abstractmethod" in marks))
     return found.values()
 
 
-def _parts(module: _Module, definition: ast.ClassDef, local: Mapping[str, str]) -> Iterable[Part]:
-    """What ``__init__`` stores in attributes of self: instances of the file's classes and of torch.nn's."""
-    reader = _InitReader(module, local)
-    for statement in definition.body:
-        if isinstance(statement, ast.FunctionDef) and statement.name == "__init__":
-            reader.read(statement.body)
-    return reader.found.values()
-
-
 class _InitReader:
-    """Follows the statements of one ``__init__``; ``_made_by`` maps its local names to the classes they make."""
+    """Notes in ``found`` what an ``__init__`` stores in self: instances of the files' classes and of torch.nn's.
+
+    ``_made_by`` maps its local names to the classes that they make.
+    """
 
     def __init__(self, module: _Module, local: Mapping[str, str]) -> None:
         self._module = module
@@ -190,7 +173,6 @@ class _InitReader:
         self.found: dict[tuple[str, str], Part] = {}
 
     def read(self, body: Iterable[ast.stmt]) -> None:
-        """Note the parts that the statements make."""
         for statement, certain in _statements(body):
             if isinstance(statement, ast.FunctionDef):
                 returned = [node.value for node in ast.walk(statement) if isinstance(node, ast.Return)]
@@ -215,18 +197,17 @@ class _InitReader:
 
     def _instances(self, value: ast.expr | None) -> Iterator[str]:
         """Paths of the classes whose instances the expression makes."""
-        if isinstance(value, ast.IfExp):
-            values = [value.body, value.orelse]
-        elif isinstance(value, (ast.List, ast.Tuple)):
-            values = value.elts
-        elif isinstance(value, (ast.ListComp, ast.GeneratorExp)):
-            values = [value.elt]
-        else:
-            if isinstance(value, ast.Call):
+        match value:
+            case ast.Call():
                 yield from self._called(value)
-            return
-        for inner in values:
-            yield from self._instances(inner)
+            case ast.IfExp(body=first, orelse=second):
+                yield from self._instances(first)
+                yield from self._instances(second)
+            case ast.List(elts=values) | ast.Tuple(elts=values):
+                for inner in values:
+                    yield from self._instances(inner)
+            case ast.ListComp(elt=inner) | ast.GeneratorExp(elt=inner):
+                yield from self._instances(inner)
 
     def _called(self, call: ast.Call) -> Iterator[str]:
         path = self._module.path(call.func)
@@ -320,16 +301,7 @@ def linearize(bases: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def write_class_facts(graph: ClassGraph, path: str | Path, *, source: str) -> None:
-    """Write what a graph knows of its classes as JSON: names of classes, bases, members and parts, no code.
-
-    Args:
-        graph: such as :func:`source_class_graph` returns.
-        path: the file.
-        source: where the facts come from; written with them.
-
-    Raises:
-        StructureError: the file cannot be written.
-    """
+    """Write the names of a graph's classes, bases, members and parts as JSON, with the source that they come from."""
     classes = [
         {
             "name": node.name,
@@ -343,10 +315,7 @@ def write_class_facts(graph: ClassGraph, path: str | Path, *, source: str) -> No
     ]
     builds = [[arrow.source, arrow.target, arrow.label] for arrow in graph.builds]
     facts = {"source": source, "roots": list(graph.roots), "builds": builds, "classes": classes}
-    try:
-        Path(path).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StructureError(f"{path} cannot be written ({error.strerror}). Name a file in another folder.") from error
+    Path(path).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_class_facts(path: str | Path) -> ClassGraph:
@@ -364,8 +333,7 @@ def read_class_facts(path: str | Path) -> ClassGraph:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
         nodes = [
             ClassNode(
-                name=entry["name"],
-                module=entry["module"],
+                **{key: entry[key] for key in ("name", "module", "kind")},
                 bases=tuple(entry["bases"]),
                 mro=(),
                 members=tuple(
@@ -373,14 +341,10 @@ def read_class_facts(path: str | Path) -> ClassGraph:
                     for name, kind in entry["members"].items()
                 ),
                 parts=tuple(Part(*part) for part in entry["parts"]),
-                kind=entry["kind"],
             )
             for entry in facts["classes"]
         ]
-        builds = [Arrow("builds", *arrow) for arrow in facts["builds"]]
-        roots = facts["roots"]
-    except OSError as error:
-        raise StructureError(f"{path} cannot be read ({error.strerror}).") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        builds, roots = [Arrow("builds", *arrow) for arrow in facts["builds"]], facts["roots"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StructureError(f"{path} holds no class facts ({error}). Write it with write_class_facts.") from error
     return _assemble(nodes, builds, roots)

@@ -2,12 +2,12 @@
 
 import json
 import sys
+from pkgutil import resolve_name
 
 import pytest
 
 import glmlab
 from glmlab.core.resources import data_path
-from glmlab.structure import comparison
 from glmlab.structure.comparison import chat_side, places_today, side_by_side
 from glmlab.structure.graph import Arrow, Part, StructureError
 from glmlab.structure.source import join, read_class_facts, source_class_graph, write_class_facts
@@ -197,12 +197,12 @@ class TestBadSource:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            (b"class A(:\n", r"modeling_bad.py, line 1 is not Python: .*Download it again"),
-            (b"class A: ...\n  x = 1\n", "modeling_bad.py, line 2 is not Python: unexpected indent"),
-            (b"class A: ...\0", "is not Python: .*null bytes"),
-            (b"version https://git-lfs.github.com/spec/v1\n", "modeling_bad.py, line 1 is not Python"),
-            (b"# \xff\xfe\nclass A: ...", "modeling_bad.py is not UTF-8 text"),
-            (b"x = " + b"(" * 5000 + b")" * 5000, "modeling_bad.py.* is (not Python|nested too deeply)"),
+            (b"class A(:\n", r"modeling_bad.py is not Python source: .*line 1.* Download it again"),
+            (b"class A: ...\n  x = 1\n", r"not Python source: unexpected indent \(modeling_bad.py, line 2"),
+            (b"class A: ...\0", "is not Python source: .*null bytes"),
+            (b"version https://git-lfs.github.com/spec/v1\n", "modeling_bad.py is not Python source"),
+            (b"# \xff\xfe\nclass A: ...", "modeling_bad.py is not Python source: 'utf-8' codec"),
+            (b"x = " + b"(" * 5000 + b")" * 5000, "modeling_bad.py is not Python source"),
             (b"import os\n", "modeling_bad.py defines no class"),
             (b"class A(B): ...\nclass B(A): ...", "A -> B -> A: a class cannot inherit from itself"),
         ],
@@ -238,16 +238,12 @@ class TestFacts:
         write_class_facts(graph, tmp_path / "facts.json", source="made up")
         assert read_class_facts(tmp_path / "facts.json") == graph
         assert json.loads((tmp_path / "facts.json").read_text())["source"] == "made up"
-        with pytest.raises(StructureError, match="cannot be written .* Name a file in another folder"):
-            write_class_facts(graph, tmp_path, source="made up")
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"classes": [{}]}'])
     def test_what_is_no_facts_is_refused(self, tmp_path, text):
         (tmp_path / "facts.json").write_text(text)
         with pytest.raises(StructureError, match="facts.json holds no class facts"):
             read_class_facts(tmp_path / "facts.json")
-        with pytest.raises(StructureError, match="nothing.json cannot be read"):
-            read_class_facts(tmp_path / "nothing.json")
 
     def test_the_chapters_picture(self):
         """Classes, methods and relations that the chapter names."""
@@ -280,6 +276,8 @@ class TestSideBySide:
         named = places_today()["original"]
         own = {name for name, node in published.classes.items() if node.module == "modeling_chatglm"}
         assert own == {name for name in named if "." not in name}
+        for place in places_today()["today"]:
+            assert resolve_name(place) is not None  # else ImportError or AttributeError
         table = side_by_side(published)
         assert len(table) == len(named), "every method of the list is in the published file"
         today = table.set_index("original")["today"].to_dict()
@@ -292,9 +290,3 @@ class TestSideBySide:
         (tmp_path / "modeling_a.py").write_text("class A: ...")
         with pytest.raises(StructureError, match="ClassGraph of A: .* is not the graph of ChatGLM's published file"):
             side_by_side(source_class_graph(tmp_path))
-
-    def test_a_name_that_is_gone_is_said(self, published, monkeypatch):
-        gone = places_today().replace({"today": {"torch.nn.Embedding": "torch.nn.NoSuchThing"}})
-        monkeypatch.setattr(comparison, "places_today", lambda: gone)
-        with pytest.raises(StructureError, match="torch.nn.NoSuchThing no longer exists"):
-            side_by_side(published)
