@@ -231,7 +231,8 @@ def replay(
     as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
 ) -> None:
     """Replay a real GPU's memory snapshot, and compare every choice of the allocator with PyTorch's."""
-    from glmlab.snapshots.replay import read_snapshot, replay_snapshot
+    from glmlab.snapshots.reader import read_snapshot
+    from glmlab.snapshots.replay import replay_snapshot
 
     report = replay_snapshot(read_snapshot(snapshot))
     if as_json:

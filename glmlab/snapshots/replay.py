@@ -16,10 +16,7 @@ from glmlab.allocator.caching import CachingAllocator
 from glmlab.allocator.config import DEFAULT_POOL, SMALL_REQUEST_BYTES, AllocatorError, AllocatorSettings
 from glmlab.core.units import format_bytes
 from glmlab.snapshots.initial_state import InitialState, PoolKey, state_before
-from glmlab.snapshots.reader import DeviceHistory, Event, SegmentRecord, Snapshot, read_snapshot
-from glmlab.snapshots.unpickle import SnapshotError
-
-__all__ = ["DeviceReport", "ReplayReport", "Snapshot", "SnapshotError", "read_snapshot", "replay_snapshot"]
+from glmlab.snapshots.reader import DeviceHistory, Event, Snapshot
 
 _KINDS = {"segment_alloc": "segment", "segment_map": "range", "segment_free": "release", "segment_unmap": "release"}
 _OTHER_ACTIONS = {"alloc", "free_requested", "free_completed", "oom", "snapshot", "user_defined"}
@@ -50,15 +47,15 @@ class DeviceReport:
 
     def differs(self, index: int, text: str) -> None:
         """Keep the first difference only."""
-        if self.first_difference is None:
-            self.first_difference = f"device {self.device}, event {index}: {text}"
+        self.first_difference = self.first_difference or f"device {self.device}, event {index}: {text}"
 
     def __str__(self) -> str:
         lines = [
             f"device {self.device}: {self.equal_addresses} of {self.allocations} addresses and {self.equal_segments} "
             f"of {self.segments} segment events equal; final state {'equal' if self.equal_final_state else 'differs'}"
         ]
-        lines += [f"  first difference: {self.first_difference}"] if self.first_difference else []
+        if self.first_difference:
+            lines.append(f"  first difference: {self.first_difference}")
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
@@ -88,35 +85,25 @@ class ReplayReport:
 
 def replay_snapshot(snapshot: Snapshot) -> ReplayReport:
     """Replay the history of every GPU of a snapshot and compare each choice; see the top of this module."""
-    return ReplayReport(tuple(_replay_device(snapshot, device) for device in snapshot.devices))
-
-
-def _replay_device(snapshot: Snapshot, history: DeviceHistory) -> DeviceReport:
-    if snapshot.settings is not None:
-        return _HistoryReplay(history, snapshot.settings, snapshot.has_garbage_collection).run()
-    grows = any(s.is_expandable for s in history.segments) or any(e.action == "segment_map" for e in history.events)
-    report = _HistoryReplay(history, AllocatorSettings(expandable_segments=grows)).run()
-    report.note(f"the snapshot has no allocator settings; the replay takes the defaults, expandable_segments {grows}")
-    return report
+    return ReplayReport(tuple(_HistoryReplay(snapshot, history).run() for history in snapshot.devices))
 
 
 class _HistoryReplay:
     """Replays the events of one device and compares the allocator's choices with them."""
 
-    def __init__(
-        self, history: DeviceHistory, settings: AllocatorSettings, has_garbage_collection: bool = False
-    ) -> None:
-        self.history, self.settings, self.has_garbage_collection = history, settings, has_garbage_collection
+    def __init__(self, snapshot: Snapshot, history: DeviceHistory) -> None:
+        self.history, self.has_garbage_collection = history, snapshot.has_garbage_collection
         self.report = DeviceReport(history.device)
-        if has_garbage_collection:
+        self.settings = snapshot.settings or self._guessed_settings()
+        if self.has_garbage_collection:
             self.report.note(
                 "garbage_collection_threshold is set: which inactive segments it released cannot be foreseen"
             )
-        self.events = self._completed_frees(history.events)
-        self.start: InitialState = state_before(history.segments, self.events, settings, self.report.note)
+        self.events = self._completed_frees()
+        self.start: InitialState = state_before(history.segments, self.events, self.settings, self.report.note)
         pools = [*self.start.mapped, *self.start.pools.values(), *(pool for _, pool in self.start.segments.values())]
         self.has_private_pools = any(pool.pool_id != DEFAULT_POOL for pool in pools)
-        self.allocator = CachingAllocator(settings)
+        self.allocator = CachingAllocator(self.settings)
         self.live: dict[int, Block] = {}
         self.pending: list[int] = []  # segment events since the last allocation
 
@@ -129,13 +116,13 @@ class _HistoryReplay:
             elif event.action == "alloc":
                 self._allocate(i, event)
             elif event.action == "free_completed":
-                self._driver_events(None, 0)
+                self._driver_events()
                 self._free(i, event)
             elif event.action == "oom":
                 size = self.settings.round_size(event.size)
                 self._driver_events(self.allocator.pool(size, event.stream), size)
-        self._driver_events(None, 0)
-        self._compare_end(self.history.segments)
+        self._driver_events()
+        self._compare_end()
         if self.start.unknown_tails and not self.report.is_equal:
             self.report.note(
                 f"{self.start.unknown_tails} blocks older than the history may be up to 1 MiB longer than it shows, "
@@ -143,8 +130,17 @@ class _HistoryReplay:
             )
         return self.report
 
-    def _completed_frees(self, events: Sequence[Event]) -> Sequence[Event]:
+    def _guessed_settings(self) -> AllocatorSettings:
+        events, segments = self.history.events, self.history.segments
+        grows = any(s.is_expandable for s in segments) or any(e.action == "segment_map" for e in events)
+        self.report.note(
+            f"the snapshot has no allocator settings; the replay takes the defaults, expandable_segments {grows}"
+        )
+        return AllocatorSettings(expandable_segments=grows)
+
+    def _completed_frees(self) -> Sequence[Event]:
         """Take requested frees for completed ones where the recording skipped the completed ones."""
+        events = self.history.events
         actions = {event.action for event in events}
         for action in sorted(actions - _KINDS.keys() - _OTHER_ACTIONS):
             self.report.note(f"events {action!r} are unknown here and left out")
@@ -227,15 +223,13 @@ class _HistoryReplay:
 
     # -- segments taken from the driver and given back ----------------------------------------------------------------
 
-    def _driver_events(self, pool: Pool | None, size: int, is_allocation: bool = False) -> Block | None:
+    def _driver_events(self, pool: Pool | None = None, size: int = 0, is_allocation: bool = False) -> Block | None:
         """Compare and apply the pending segment events; returns the allocator's choice for the request behind them.
 
         ``pool`` and ``size`` are those of the request that caused the events, if one did.
         """
-        groups = [
-            (kind, list(group)) for kind, group in groupby(self.pending, key=lambda i: _KINDS[self.events[i].action])
-        ]
-        self.pending = []
+        runs = groupby(self.pending, key=lambda i: _KINDS[self.events[i].action])
+        groups, self.pending = [(kind, list(run)) for kind, run in runs], []
         choice = None if pool is None or groups else self.allocator.find(pool, size)
         for n, (kind, indices) in enumerate(groups, 1):
             if kind == "release":
@@ -339,8 +333,8 @@ class _HistoryReplay:
             self.report.note(f"{error}: the history has gaps")
             return None
 
-    def _compare_end(self, final: Sequence[SegmentRecord]) -> None:
-        ours = self.allocator.segments()
+    def _compare_end(self) -> None:
+        ours, final = self.allocator.segments(), self.history.segments
         live = {(block.address, block.size) for segment in ours for block in segment.blocks if block.live}
         segments = {(segment.address, segment.size) for segment in ours}
         self.report.equal_final_state = live == {block for segment in final for block in segment.live} and (

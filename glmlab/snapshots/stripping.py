@@ -11,6 +11,8 @@ The file is JSON in gzip (``.json.gz``), events by column. :func:`~glmlab.snapsh
 a snapshot of PyTorch.
 """
 
+import gzip
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +20,7 @@ from typing import Any
 
 from glmlab.core.files import write_atomically
 from glmlab.core.units import format_bytes
-from glmlab.snapshots.unpickle import SnapshotError, to_json_gz
-
-FORMAT = "glmlab stripped snapshot 1"
-"""First field of the file, with the number of the layout."""
+from glmlab.snapshots.reader import EVENT_NUMBERS, POOL_FIELDS, STRIPPED_FORMAT, SnapshotError
 
 MOST_FILE_BYTES = 2_000_000
 """A larger stripped snapshot is refused, because it is kept with the code."""
@@ -32,8 +31,6 @@ _SETTINGS = (
     "PYTORCH_CUDA_ALLOC_CONF", "max_split_size", "garbage_collection_threshold", "expandable_segments",
     "roundup_power2_divisions",
 )  # fmt: skip
-_POOL_FIELDS = ("segment_pool_id", "pool_id", "mempool_id")
-_NUMBERS = ("addr", "size", "stream")
 _OPERATION = re.compile(r"\bat::_ops::(\w+)::(?:call|redispatch)\b")
 _WORKSPACE = re.compile(r"\bat::cuda::\w*(?:Workspace|CUDABlas(?:Lt)?Handle)\w*")
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w{0,80}")
@@ -51,18 +48,16 @@ def strip(raw: Mapping[Any, Any], provenance: Mapping[str, Any]) -> dict[str, An
         SnapshotError: ``raw`` is not a snapshot with history.
     """
     try:
-        traces = [_columns(list(trace)) for trace in raw.get("device_traces", [])]
-        segments = [
-            {**_pick(segment, _SEGMENT_FIELDS), "blocks": [_pick(block, _BLOCK_FIELDS) for block in segment["blocks"]]}
-            for segment in raw["segments"]
-        ]
         settings = raw.get("allocator_settings")
         return {
-            "format": FORMAT,
+            "format": STRIPPED_FORMAT,
             "provenance": dict(provenance),
             "allocator_settings": None if settings is None else _pick(settings, _SETTINGS),
-            "segments": segments,
-            "device_traces": traces,
+            "segments": [
+                {**_pick(segment, _SEGMENT_FIELDS), "blocks": [_pick(b, _BLOCK_FIELDS) for b in segment["blocks"]]}
+                for segment in raw["segments"]
+            ],
+            "device_traces": [_columns(list(trace)) for trace in raw.get("device_traces", [])],
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise SnapshotError(f"this is not a snapshot of torch.cuda.memory with history ({error!r}).") from error
@@ -74,7 +69,8 @@ def save_stripped(document: Mapping[str, Any], path: Path) -> Path:
     Raises:
         SnapshotError: it is larger than :data:`MOST_FILE_BYTES`.
     """
-    content = to_json_gz(document)
+    text = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    content = gzip.compress(text.encode(), mtime=0)  # equal documents give equal bytes
     if len(content) > MOST_FILE_BYTES:
         raise SnapshotError(
             f"{path.name}: the stripped snapshot has {format_bytes(len(content))}, more than "
@@ -82,28 +78,6 @@ def save_stripped(document: Mapping[str, Any], path: Path) -> Path:
         )
     write_atomically(path, content)
     return path
-
-
-def is_stripped(raw: Mapping[Any, Any]) -> bool:
-    """Whether a document is a stripped snapshot, of this or another layout."""
-    return str(raw.get("format", "")).startswith("glmlab stripped snapshot")
-
-
-def unpacked(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same snapshot with one dict an event, as PyTorch writes it, and ``operation`` and ``note`` in each.
-
-    Raises:
-        SnapshotError: another layout, columns of different lengths, a label that is not there.
-    """
-    if document.get("format") != FORMAT:
-        raise SnapshotError(f"its layout is {document['format']!r}, and this version reads {FORMAT!r}")
-    traces = document.get("device_traces")
-    if not isinstance(traces, list) or not all(isinstance(trace, dict) for trace in traces):
-        raise SnapshotError("'device_traces' is not a list of columns")
-    try:
-        return {**document, "device_traces": [list(_rows(trace)) for trace in traces]}
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise SnapshotError(f"the columns of its events do not fit together ({error!r})") from None
 
 
 def operation_of(frames: Iterable[Mapping[str, Any]]) -> str:
@@ -161,7 +135,7 @@ def _columns(events: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
     if any(event["action"] == "free_completed" for event in events):
         events = [event for event in events if event["action"] != "free_requested"]
     values: dict[str, dict[Any, int]] = {"action": {}, "pool": {}, "label": {}}
-    columns: dict[str, list[Any]] = {name: [] for name in (*values, *_NUMBERS)}
+    columns: dict[str, list[Any]] = {name: [] for name in (*values, *EVENT_NUMBERS)}
     known: dict[int, str] = {}  # PyTorch hands out one list for all events of a stack
     for event in events:
         frames = event.get("frames") or ()
@@ -169,20 +143,9 @@ def _columns(events: list[Mapping[str, Any]]) -> dict[str, list[Any]]:
             known[id(frames)] = operation_of(frames)
         note = str(event.get("user_metadata") or "")
         label = (known[id(frames)], note if _PLAIN_TEXT.fullmatch(note) else "")
-        pool = next((tuple(event[name]) for name in _POOL_FIELDS if name in event), None)
+        pool = next((tuple(event[name]) for name in POOL_FIELDS if name in event), None)
         for name, value in (("action", _plain(event["action"])), ("pool", pool), ("label", label)):
             columns[name].append(values[name].setdefault(value, len(values[name])))
-        for name in _NUMBERS:
+        for name in EVENT_NUMBERS:
             columns[name].append(int(event.get(name) or 0))
     return {**columns, **{f"{name}s": list(known_values) for name, known_values in values.items()}}
-
-
-def _rows(trace: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    columns = [trace[name] for name in ("action", "pool", "label", *_NUMBERS)]
-    for action, pool, label, *numbers in zip(*columns, strict=True):
-        operation, note = trace["labels"][label]
-        event = {"action": trace["actions"][action], **dict(zip(_NUMBERS, numbers, strict=True))}
-        event |= {"operation": operation, "note": note}
-        if trace["pools"][pool] is not None:
-            event["pool_id"] = trace["pools"][pool]
-        yield event

@@ -40,7 +40,7 @@ from glmlab.forecast.comparison import forecast_of
 from glmlab.forecast.workload import resolve_model
 from glmlab.latency.polling import API, NVML, SUBPROCESS
 from glmlab.memory.conversations import load_conversation
-from glmlab.snapshots.replay import read_snapshot
+from glmlab.snapshots.reader import read_snapshot
 
 RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)
 LATENCY = Run("latency", "embedded", "fp32", lengths=(8, 16))

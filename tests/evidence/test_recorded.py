@@ -21,7 +21,8 @@ from glmlab.evidence.plan import SNAPSHOT_TURN
 from glmlab.evidence.sequence import compare_sequence
 from glmlab.forecast.comparison import forecast_of_notes
 from glmlab.forecast.forecast import Forecast
-from glmlab.snapshots.replay import read_snapshot, replay_snapshot
+from glmlab.snapshots.reader import read_snapshot
+from glmlab.snapshots.replay import replay_snapshot
 from glmlab.snapshots.stripping import MOST_FILE_BYTES, save_stripped, strip
 
 NOTES = {

@@ -1,12 +1,10 @@
 """Snapshots: real ones replay with every address equal; made-up ones cover settings, streams and cut histories."""
 
 import gzip
-import io
-import os
+import json
 import pickle
 import random
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,11 @@ from recorded_device import RecordedDevice
 
 from glmlab.allocator.config import DEFAULT_POOL, AllocatorSettings
 from glmlab.core.units import GIB, MIB
-from glmlab.snapshots import unpickle
+from glmlab.snapshots import reader
 from glmlab.snapshots.initial_state import state_before
-from glmlab.snapshots.replay import DeviceReport, ReplayReport, SnapshotError, read_snapshot, replay_snapshot
+from glmlab.snapshots.reader import SnapshotError, load_plain, read_snapshot
+from glmlab.snapshots.replay import ReplayReport, replay_snapshot
 from glmlab.snapshots.stripping import MOST_FILE_BYTES, save_stripped, strip
-from glmlab.snapshots.unpickle import load_plain, to_json_gz
 
 FIRST_PRIVATE = (0, 7)
 EXPANDABLE = "gpu-records/snapshots/qwen3-training-expandable-3gpus.pickle"
@@ -63,9 +61,8 @@ def test_every_address_of_a_real_gpu_is_the_allocators_choice(
     report = replay_snapshot(read_snapshot(shared_data / name))
     assert [(d.allocations, d.equal_addresses) for d in report.devices] == [(n, n) for n in allocations]
     assert [(d.segments, d.equal_segments) for d in report.devices] == [(n, n) for n in segments]
-    found = report.as_dict()
-    assert (found["allocations"], found["equal_segments"]) == (sum(allocations), sum(segments))
-    assert found["first_difference"] is None
+    assert report.as_dict()["allocations"] == sum(allocations)
+    assert report.as_dict()["first_difference"] is None
     assert is_whole(report)
 
 
@@ -239,8 +236,9 @@ def test_skipped_kinds_of_events_are_noted(tmp_path: Path) -> None:
     assert "'brand_new'" in " ".join(report.devices[0].notes)
 
 
-def damaged(seed: int) -> DeviceReport | None:
-    """Lose a tenth of a history, or change some of its events; the report, or None where the reader refuses it."""
+@pytest.mark.parametrize("seed", range(10))
+def test_a_damaged_history_gives_a_report_or_an_error_not_a_crash(tmp_path: Path, seed: int) -> None:
+    """GIVEN a history that lost a tenth (odd seeds) or has changed events, THEN it is noted, or refused."""
     device = RecordedDevice(MADE_UP[seed % len(MADE_UP)])
     device.run(seed, 300, mixed_sizes, streams=2)
     choose, snapshot, events = random.Random(seed), device.snapshot(), device.history
@@ -255,19 +253,12 @@ def damaged(seed: int) -> DeviceReport | None:
             event["addr"] = choose.choice([event.get("addr", 0), choose.choice(events).get("addr", 0), 512])
             event["size"] = choose.choice([event["size"], 2 * MIB, 20 * MIB, choose.randint(0, GIB)])
     snapshot["device_traces"][0] = events
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            return replay(Path(folder), snapshot).devices[0]
-        except SnapshotError:
-            return None
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_damaged_history_gives_a_report_not_a_crash(seed: int) -> None:
-    report = damaged(seed)
-    if report is not None:
-        assert any("gaps" in note or "not comparable" in note for note in report.notes)
-        assert 0 < report.equal_addresses <= report.allocations
+    try:
+        (report,) = replay(tmp_path, snapshot).devices
+    except SnapshotError:
+        return
+    assert any("gaps" in note or "not comparable" in note for note in report.notes)
+    assert 0 < report.equal_addresses <= report.allocations
 
 
 # -- stripping ---------------------------------------------------------------------------------------------------------
@@ -309,34 +300,10 @@ def test_a_stripped_snapshot_too_large_to_be_kept_is_refused(tmp_path: Path) -> 
 # -- files that are no snapshots ---------------------------------------------------------------------------------------
 
 
-MARKER = Path(tempfile.gettempdir()) / "a-snapshot-ran-code"
-
-
-class RunsCode:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {MARKER}",)
-
-
-class PersistentPickler(pickle.Pickler):
-    def persistent_id(self, obj: Any) -> Any:
-        return "outside" if obj == "mark" else None
-
-
-def persistent() -> bytes:
-    buffer = io.BytesIO()
-    PersistentPickler(buffer).dump({"segments": ["mark"]})
-    return buffer.getvalue()
-
-
 def whole_snapshot() -> dict[str, Any]:
     device = RecordedDevice()
     device.run(1, 50, mixed_sizes)
     return device.snapshot()
-
-
-def with_memo_index(index: int) -> bytes:
-    """A list that is memoised at a place far away: CPython's table grows to it."""
-    return b"\x80\x02]r" + index.to_bytes(4, "little") + b"."
 
 
 def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
@@ -348,7 +315,7 @@ def changed(change: Callable[[dict[str, Any]], Any]) -> bytes:
 def stripped(change: Callable[[dict[str, Any]], Any]) -> bytes:
     document = strip(whole_snapshot(), {})
     change(document)
-    return to_json_gz(document)
+    return gzip.compress(json.dumps(document).encode())
 
 
 def event(number: int, **fields: Any) -> Callable[[dict[str, Any]], Any]:
@@ -361,23 +328,23 @@ def event(number: int, **fields: Any) -> Callable[[dict[str, Any]], Any]:
         (b"", "truncated"),
         (b"no pickle at all", "not a pickle"),
         (pickle.dumps(whole_snapshot())[:-200], "truncated"),
-        (with_memo_index(2**31 - 1), "place 2,147,483,647 of its memo after 2 steps"),
+        (b"\x80\x02]r\xff\xff\xff\x7f.", "place 2,147,483,647 of its memo after 2 steps"),
         (b"(dp1000000000\n.", "place 1,000,000,000 of its memo after 2 steps"),
-        (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"}.", "truncated: the pickle says that 4,611,686,018"),
+        (b"\x80\x04\x95" + (2**62).to_bytes(8, "little") + b"}.", "may be truncated"),
         (b"\x80\x05\x96" + (2**40).to_bytes(8, "little") + b"x.", "bytearray8.*may be truncated"),
         (gzip.compress(b"no json"), "gzip, but not JSON"),
         (gzip.compress(b"{}")[:-4], "truncated: the compressed data end too early"),
         (stripped(lambda d: d.update(format="glmlab stripped snapshot 99")), "this version reads 'glmlab stripped"),
-        (stripped(lambda d: d.update(device_traces=[[]])), "not a list of columns"),
+        (stripped(lambda d: d.update(device_traces=[[]])), "columns of its events do not fit together"),
         (stripped(lambda d: d["device_traces"][0]["size"].pop()), "columns of its events do not fit together"),
         (stripped(lambda d: d["device_traces"][0]["labels"].clear()), "columns of its events do not fit together"),
         (stripped(lambda d: d["device_traces"][0].pop("addr")), "columns of its events do not fit together"),
         (stripped(lambda d: d.update(provenance=[1])), "'provenance' is not a dict"),
-        (pickle.dumps({"segments": RunsCode()}), r"wants to load (posix|nt)\.system"),
-        (persistent(), "refers to an object outside"),
+        (b"cbuiltins\nexec\n(S'raise SystemExit'\ntR.", "wants to load builtins.exec"),
+        (b"Poutside\n.", "refers to an object outside"),
         (pickle.dumps([{"address": 1}]), "without history"),
         (pickle.dumps({"model": 1}), "no 'segments'"),
-        (pickle.dumps(7), "not a snapshot"),
+        (pickle.dumps(7), "not a memory snapshot"),
         (changed(lambda s: s.update(device_traces=[[]])), "no history"),
         (changed(lambda s: s.pop("device_traces")), "no history"),
         (changed(lambda s: s.update(device_traces=7)), "'device_traces' is not a list"),
@@ -399,7 +366,6 @@ def test_a_file_that_is_no_snapshot_is_refused_by_name(tmp_path: Path, content: 
     with pytest.raises(SnapshotError, match=says) as caught:
         read_snapshot(path)
     assert str(path) in str(caught.value)
-    assert not MARKER.exists()
 
 
 def test_a_file_that_unpacks_to_more_than_any_snapshot_is_refused_before_it_is_whole(
@@ -407,9 +373,9 @@ def test_a_file_that_unpacks_to_more_than_any_snapshot_is_refused_before_it_is_w
 ) -> None:
     path = save_stripped(strip(whole_snapshot(), {}), tmp_path / "snapshot.json.gz")
     n_bytes = len(gzip.decompress(path.read_bytes()))
-    monkeypatch.setattr(unpickle, "MOST_UNPACKED_BYTES", n_bytes)
+    monkeypatch.setattr(reader, "MOST_UNPACKED_BYTES", n_bytes)
     read_snapshot(path)
-    monkeypatch.setattr(unpickle, "MOST_UNPACKED_BYTES", n_bytes - 1)
+    monkeypatch.setattr(reader, "MOST_UNPACKED_BYTES", n_bytes - 1)
     with pytest.raises(SnapshotError, match=r"unpacks to more than .* KiB, which no stripped snapshot does"):
         read_snapshot(path)
 
