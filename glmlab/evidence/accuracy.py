@@ -4,27 +4,20 @@ A forecast holds for a recording where every point of the reserved memory is wit
 and memory grows by the same amount per 1,000 tokens within 5 %.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
 
-from glmlab.core.curve import Curve, read_curve
 from glmlab.evidence.plan import EvidenceError
-from glmlab.forecast.comparison import Comparison, compare_recording, recorded_gpus
+from glmlab.forecast.comparison import Comparison, recorded_gpus
 
-POINT_SHARE = 0.01
-POINT_MIB = 32.0
+POINT_SHARE, POINT_MIB = 0.01, 32.0  # each point lies within the larger of the two
 GROWTH_SHARE = 0.05
-"""What "holds" means: each point within the larger of the first two, growth within the third."""
 
 
-def error_table(recordings: Sequence[str | os.PathLike[str] | Curve | Comparison]) -> pd.DataFrame:
+def error_table(compared: Iterable[Comparison]) -> pd.DataFrame:
     """One row a recording: settings, the largest difference, points outside, growth measured and forecast, ``holds``.
-
-    Args:
-        recordings: CSV files, curves, or comparisons that are made already.
 
     Returns:
         Columns: recording, gpu, model, precision, attention, cache, points, max_error_mib, max_error_share,
@@ -32,10 +25,8 @@ def error_table(recordings: Sequence[str | os.PathLike[str] | Curve | Comparison
         after loading), growth_error_share, holds.
 
     Raises:
-        ForecastError: a recording without GPU memory or without turns.
         EvidenceError: a recording of fewer than two context lengths.
     """
-    compared = [item if isinstance(item, Comparison) else compare_recording(_curve(item)) for item in recordings]
     return pd.DataFrame(map(_row, compared))
 
 
@@ -67,7 +58,3 @@ def _row(compared: Comparison) -> dict[str, Any]:
         "growth_error_share": growth_error,
         "holds": outside == 0 and growth_error <= GROWTH_SHARE,
     }
-
-
-def _curve(recording: str | os.PathLike[str] | Curve) -> Curve:
-    return recording if isinstance(recording, Curve) else read_curve(recording)

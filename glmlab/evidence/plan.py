@@ -24,25 +24,19 @@ SUFFIXES: dict[Kind, tuple[str, ...]] = {
 }
 """Endings of a result's files; a run is finished when the last one is there."""
 
-LATENCY_PREFIX = "latency-"
-"""How the names of timed tokens begin; they lie among the recordings and are not curves."""
+LATENCY_PREFIX = "latency-"  # of timed tokens, which lie among the recordings and are no curves
 
 SNAPSHOT_TURN = TurnTokens(DEFAULT_PROMPT, 21)
 """What a snapshot's history holds after loading: a prefill, which gives the first token, and 20 decode steps."""
 
-CONVERSATION = "long"
-"""The conversation that a recording follows."""
-
+CONVERSATION = "long"  # what recordings follow
 ALL_TURNS = 15
 TURNS = 9
 """Turns of it that most runs take: some 3,700 tokens, far beyond the 2,048 where ChatGLM3's keys and values change
 their pool, and within the 4,096 that Llama 2 is made for."""
 
-STATIC_TOKENS = 4096
-"""Length of a static cache; a run's turns must fit into it."""
-
-LATENCY_TOKENS = (128, 512, 2048, 4096, 8000)
-"""Lengths at which tokens are timed; ChatGLM3's limit is 8,192."""
+STATIC_TOKENS = 4096  # length of a static cache; a run's turns must fit into it
+LATENCY_TOKENS = (128, 512, 2048, 4096, 8000)  # lengths at which tokens are timed; ChatGLM3's limit is 8,192
 
 
 class EvidenceError(GlmlabError):

@@ -10,9 +10,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
+from typing import Any
 
 IS_POSIX = os.name == "posix"
 WATCH_S = 0.5
@@ -24,31 +23,20 @@ def run_child(command: Sequence[str]) -> int:
 
     Whatever ends this function early (KeyboardInterrupt; SIGTERM, which becomes SystemExit) kills the group first. Call
     it in the main thread: no other may handle signals.
-
-    Example:
-        >>> import sys
-        >>> run_child([sys.executable, "-c", "raise SystemExit(3)"])
-        3
     """
-    with _sigterm_raises(), subprocess.Popen(command, process_group=0 if IS_POSIX else None) as child:
-        try:
-            return child.wait()
-        except BaseException:
-            if child.poll() is None:  # not waited for yet, so the number is still its own
-                os.killpg(child.pid, signal.SIGKILL) if IS_POSIX else child.kill()
-            raise
 
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises SystemExit with the status that a shell gives for that signal."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    def stop(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)  # the status that a shell gives for that signal
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with subprocess.Popen(command, process_group=0 if IS_POSIX else None) as child:
+            try:
+                return child.wait()
+            except BaseException:
+                if child.poll() is None:  # not waited for yet, so the number is still its own
+                    os.killpg(child.pid, signal.SIGKILL) if IS_POSIX else child.kill()
+                raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -59,13 +47,13 @@ def end_with(parent: int) -> None:
     Args:
         parent: the parent's process id as it knows itself: asked here, it could be gone already.
     """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        if os.getpgrp() == os.getpid():  # run_child made the group
+            os.killpg(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
     if IS_POSIX:
-        threading.Thread(target=_watch, args=(parent,), daemon=True, name="end with parent").start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(WATCH_S)
-    if os.getpgrp() == os.getpid():  # run_child made the group
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+        threading.Thread(target=watch, daemon=True, name="end with parent").start()

@@ -25,15 +25,11 @@ NOTES = {
 def truth() -> pd.DataFrame:
     """What a GPU would record if the forecast were true: every step of three turns."""
     turns = [(8, 400), (30, 700), (30, 700)]
-    forecast = Forecast.of(
-        MODEL, turns=turns, precision="fp16", attention="eager", weights="random", architecture="hopper"
-    )
-    table = forecast.curve.table[["step", "turn", "context_tokens", "reserved_mib"]].copy()
-    table["gpu"] = 0
+    settings = {"precision": "fp16", "attention": "eager", "weights": "random", "architecture": "hopper"}
+    table = Forecast.of(MODEL, turns=turns, **settings).curve.table
+    table = table[["step", "turn", "context_tokens", "reserved_mib"]].assign(gpu=0)
     table["prompt_tokens"] = table["turn"].map({0: 0, 1: 8, 2: 30, 3: 30})
-    table["generated_tokens"] = (
-        table.groupby("turn").cumcount().where(table["turn"] == 0, table.groupby("turn").cumcount() + 1)
-    )
+    table["generated_tokens"] = table.groupby("turn").cumcount() + (table["turn"] > 0)
     return table
 
 
@@ -41,8 +37,12 @@ def recording(table: pd.DataFrame, **notes: Any) -> Curve:
     return Curve(table, {**NOTES, **notes}, kind="measured", label="made from a forecast")
 
 
+def table_of(*curves: Curve) -> pd.DataFrame:
+    return error_table(map(compare_recording, curves))
+
+
 def row(curve: Curve) -> Mapping[str, Any]:
-    (only,) = error_table([curve]).to_dict("records")
+    (only,) = table_of(curve).to_dict("records")
     return {str(name): value for name, value in only.items()}
 
 
@@ -59,7 +59,7 @@ def test_points_beyond_32_mib_are_counted_and_the_miss_stays_in_the_table(truth:
     within, beyond = truth.copy(), truth.copy()
     within["reserved_mib"] += 1.0
     beyond.loc[900:909, "reserved_mib"] += 33.0
-    table = error_table([recording(within), recording(beyond)])
+    table = table_of(recording(within), recording(beyond))
     assert table["points_outside"].tolist() == [0, 10]
     assert table["max_error_mib"].tolist() == [1.0, 33.0]
     assert table["holds"].tolist() == [True, False]
@@ -87,4 +87,4 @@ def test_growth_off_by_more_than_five_percent_does_not_hold(truth: pd.DataFrame,
 
 def test_recording_of_one_length_cannot_grow(truth: pd.DataFrame) -> None:
     with pytest.raises(EvidenceError, match="one context length, so nothing grows"):
-        error_table([recording(truth[truth["step"].isin([1, 400]) & (truth["turn"] == 1)].tail(1))])
+        row(recording(truth[truth["step"] == 400]))

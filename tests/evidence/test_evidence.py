@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from fake_gpu import GPU_UUIDS, FakeCuda, build_library, install_driver
@@ -20,10 +21,9 @@ from recorded_device import RecordedDevice
 from typer.testing import CliRunner
 
 from glmlab.cli import app
-from glmlab.core.curve import read_curve
-from glmlab.evidence import child
-from glmlab.evidence.child import main, perform
-from glmlab.evidence.latency import read_timed_tokens
+from glmlab.core.curve import read_curve, read_curve_json
+from glmlab.evidence import child, runner
+from glmlab.evidence.child import main, perform, time_tokens
 from glmlab.evidence.plan import (
     ALL_TURNS,
     LATENCY_TOKENS,
@@ -38,8 +38,11 @@ from glmlab.evidence.plan import (
 from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
 from glmlab.forecast.comparison import forecast_of
 from glmlab.forecast.workload import resolve_model
-from glmlab.latency.polling import API, NVML, SUBPROCESS
+from glmlab.latency.polling import API, NVML, SUBPROCESS, measure_polling
+from glmlab.latency.roofline import measure_rates
 from glmlab.memory.conversations import load_conversation
+from glmlab.models.compiling import Compilation
+from glmlab.models.loading import LoadedModel
 from glmlab.snapshots.reader import read_snapshot
 
 RECORDING = Run("recording", "embedded", "fp32", cache="static", turns=1)
@@ -193,16 +196,44 @@ def test_a_recording_has_every_token_and_says_what_ran(gpu: None, tmp_path: Path
     check_notes(RECORDING, curve.provenance, tmp_path)
 
 
+@pytest.fixture
+def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "measure_rates", lambda device: measure_rates(device, block_bytes=2**20))
+    monkeypatch.setattr(child, "measure_polling", lambda: measure_polling(repetitions=1))
+
+
+@pytest.mark.usefixtures("_short_measurements")
 def test_times_of_tokens_have_a_floor_and_the_cost_of_polling(gpu: None, tmp_path: Path) -> None:
-    timed = read_timed_tokens(perform(LATENCY, tmp_path, "cpu"))
-    assert timed.table["context_tokens"].tolist() == list(LATENCY.lengths)
-    assert timed.table["sm_clock_mhz"].tolist() == [1500, 1500]
-    assert (timed.table[["token_ms", "first_token_ms", "floor_ms"]] > 0).all(axis=None)
-    assert timed.polling["way"].tolist() == [SUBPROCESS, API, NVML]
-    assert timed.polling["answers"].all()
-    assert timed.provenance["rates"]["bandwidth_bytes_per_s"] > 0
-    assert timed.label == "embedded, fp32, eager, Fake GPU"
-    check_notes(LATENCY, timed.provenance, tmp_path)
+    path = perform(LATENCY, tmp_path, "cpu")
+    table, header = pd.read_csv(path), read_curve_json(path.with_suffix(".json"))
+    notes = header["provenance"]
+    assert table["context_tokens"].tolist() == list(LATENCY.lengths)
+    assert table["sm_clock_mhz"].tolist() == [1500, 1500]
+    assert (table[["token_ms", "first_token_ms", "floor_ms"]] > 0).all(axis=None)
+    assert [(way["way"], way["answers"]) for way in notes["polling"]] == [(SUBPROCESS, True), (API, True), (NVML, True)]
+    assert notes["rates"]["bandwidth_bytes_per_s"] > 0
+    assert header["label"] == "embedded, fp32, eager, Fake GPU"
+    check_notes(LATENCY, notes, tmp_path)
+
+
+@pytest.mark.usefixtures("_short_measurements")
+def test_compiled_tokens_are_timed_and_eager_ones_do_not_pass_as_compiled(
+    compiled: LoadedModel, embedded: LoadedModel, tmp_path: Path
+) -> None:
+    path = time_tokens(compiled, [16, 8], tmp_path / "compiled.csv", {"command": "test"})
+    table, header = pd.read_csv(path), read_curve_json(path.with_suffix(".json"))
+    assert header["label"] == "embedded, fp32, compiled, CPU"
+    assert header["provenance"]["compiled"]
+    assert header["provenance"]["compilation_s"] > 0
+    assert header["provenance"]["command"] == "test"
+    assert table[["context_tokens", "tokens", "prefills"]].values.tolist() == [[16, 32, 3], [8, 32, 3]]
+    assert table["kv_read_bytes"].tolist() == [16 * 4096, 8 * 4096]
+
+    failed = Compilation(failure="InvalidCxxCompiler: no compiler")
+    loaded = replace(embedded, report=replace(embedded.report, compilation=failed))
+    with pytest.raises(EvidenceError, match=r"embedded in fp32 cannot be compiled here \(InvalidCxxCompiler: no comp"):
+        time_tokens(loaded, [8], tmp_path / "eager.csv", {})
+    assert not (tmp_path / "eager.csv").exists()
 
 
 @pytest.mark.parametrize("run", [SNAPSHOT, replace(SNAPSHOT, cache="dynamic")], ids=str)
@@ -254,11 +285,14 @@ def test_no_run_starts_after_the_budget(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_be_done_says_why_and_exits_with_two(
-    gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    ends_with: list[int] = []
+    monkeypatch.setattr(child, "end_with", ends_with.append)
     order = {"run": asdict(replace(SNAPSHOT, precision="int2")), "folder": str(tmp_path), "device": "cpu"}
     with pytest.raises(SystemExit) as stopped:
-        main(json.dumps({**order, "parent": os.getppid()}))
+        main(json.dumps({**order, "parent": 123}))
+    assert ends_with == [123]
     assert stopped.value.code == 2
     assert capsys.readouterr().err.startswith("glmlab: precision='int2' is not known")
     assert files(tmp_path) == []
@@ -288,8 +322,6 @@ def test_list_shows_every_run_and_needs_no_gpu() -> None:
 
 
 def test_command_counts_what_became_of_the_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glmlab.evidence import runner
-
     (run,) = choose(["snapshot-llama"])
     statuses = {"finished": "1 finished", "left": "goes on with what is left"}
     monkeypatch.setattr(runner, "gpu_of_this_machine", lambda: GPU)
