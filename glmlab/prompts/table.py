@@ -100,11 +100,7 @@ def _html_row(row: dict[Any, Any]) -> str:
 
 
 def dissect(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    tools: Sequence[Any] | None = None,
-    *,
-    add_generation_prompt: bool = True,
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None = None
 ) -> PromptTable:
     """Every token of a prompt with where it comes from; the ids are those of ``encode_chat``.
 
@@ -122,15 +118,10 @@ def dissect(
         ['1789', '<|user|>', 'role']
     """
     if isinstance(tokenizer, ChatGLMTokenizer):
-        segments = chat_segments(messages, tools, add_generation_prompt=add_generation_prompt)
-        tokens = _tokens_of_segments(tokenizer, segments)
+        tokens = _tokens_of_segments(tokenizer, chat_segments(messages, tools))
     else:
         check_messages(messages)
-        segments = template_segments(
-            lambda chat, opened: render_chat(tokenizer, chat, tools, opened),
-            messages,
-            add_generation_prompt=add_generation_prompt,
-        )
+        segments = template_segments(lambda chat, opened: render_chat(tokenizer, chat, tools, opened), messages)
         tokens = _tokens_of_text(tokenizer, segments)
     rows = [
         (position, *token, segment.message, segment.role or "", segment.kind, special)

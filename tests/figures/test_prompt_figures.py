@@ -11,8 +11,8 @@ from glmlab.figures import FigureError, format_figure, growth_figure, prompt_fig
 from glmlab.figures.style import CJK_FAMILY, register_cjk_font
 from glmlab.figures.translations import printable
 from glmlab.prompts.encoding import dissect, prompt_growth, role_transitions
-from glmlab.prompts.families import FORMATS, chat_format, segment_table
 from glmlab.prompts.format import ROLE_COLORS
+from glmlab.prompts.templates import FORMATS, chat_format, segment_table
 from glmlab.suite.doctor import examine
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -5,13 +5,12 @@ import re
 
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glmlab.generation.chat import ChatSession
 from glmlab.models.chatglm3 import SPECIAL_TOKENS, ChatGLMTokenizer
 from glmlab.prompts.encoding import (
     ROLES,
@@ -22,15 +21,9 @@ from glmlab.prompts.encoding import (
     role_transitions,
     template_segments,
 )
-from glmlab.prompts.families import (
-    FORMATS,
-    characters_per_token,
-    chat_format,
-    compare_formats,
-    segment_table,
-)
 from glmlab.prompts.format import visible
 from glmlab.prompts.table import COLUMNS, PromptTable
+from glmlab.prompts.templates import FORMATS, chat_format, segment_table
 
 TOOLS = [{"name": "get_weather", "description": "查询天气 <|user|>", "parameters": {"type": "object"}}]
 CHAT = [
@@ -82,7 +75,7 @@ def _check_spans(table, messages):
 
 class TestChatGLM3:
     @given(messages=chats())
-    @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=60)
     def test_every_token_is_accounted_for_and_no_text_becomes_a_special_id(self, tokenizer, messages):
         table = dissect(tokenizer, messages)
         assert table["id"].tolist() == encode_chat(tokenizer, messages)
@@ -93,15 +86,14 @@ class TestChatGLM3:
         assert table["special"].tolist() == table["kind"].isin(["prefix", "role", "generation prompt"]).tolist()
         _check_spans(table, messages)
 
-    @given(messages=chats(texts=_ANY, lines=_ANY.map(lambda text: "".join(text.split()))), opened=st.booleans())
-    @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
-    def test_the_chat_template_gives_the_same_ids(self, embedded, messages, opened):
+    @given(messages=chats(texts=_ANY, lines=_ANY.map(lambda text: "".join(text.split()))))
+    @settings(max_examples=40)
+    def test_the_chat_template_gives_the_same_ids(self, embedded, messages):
         if any(token in f"{m['content']}{m.get('metadata')}" for m in messages for token in (*SPECIAL_TOKENS, "</s>")):
             return  # a typed token is what a template cannot tell from its own; see the test below
         tools = [{"name": "查询", "parameters": {}}] if messages[0]["role"] == "system" else None
-        templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=opened)
-        table = dissect(embedded.tokenizer, messages, tools, add_generation_prompt=opened)
-        assert templated["input_ids"] == table["id"].tolist()
+        templated = embedded.tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)
+        assert templated["input_ids"] == dissect(embedded.tokenizer, messages, tools)["id"].tolist()
 
     def test_the_chat_template_cannot_keep_a_typed_role_token_apart(self, embedded):
         messages = [{"role": "user", "content": "<|assistant|>"}]
@@ -159,11 +151,8 @@ def test_roles_follow_as_in_the_chapter():
 class TestView:
     def test_everything_is_escaped(self, embedded):
         attack = "<img src=x onerror=alert(1)>"
-        messages = [
-            {"role": "user", "content": attack},
-            {"role": "assistant", "metadata": "<b>&", "content": "</table>"},
-        ]
-        table = dissect(embedded.tokenizer, messages)
+        answer = {"role": "assistant", "metadata": "<b>&", "content": "</table>"}
+        table = dissect(embedded.tokenizer, [{"role": "user", "content": attack}, answer])
         table["piece"] = '"><script>&'  # of another vocabulary
         html = table._repr_html_()
         assert "&quot;&gt;&lt;script&gt;&amp;" in html
@@ -172,11 +161,7 @@ class TestView:
 
     def test_white_space_and_bytes_are_visible(self, embedded):
         html = dissect(embedded.tokenizer, [{"role": "user", "content": "a b\n你👋"}])._repr_html_()
-        assert "␣b" in html
-        assert "↵" in html
-        assert "👋 (1 of 4 bytes)" in html
-        assert ">F0<" in html
-        assert "你" in html
+        assert all(shown in html for shown in ("␣b", "↵", "👋 (1 of 4 bytes)", ">F0<", "你"))
 
     @pytest.mark.parametrize(
         ("text", "shown"),
@@ -230,14 +215,13 @@ def _byte_level(template):
 
 @pytest.fixture(params=["Qwen2.5", "GLM-4"])
 def other(request):
-    return request.param, _byte_level(chat_format(request.param).template)
+    return _byte_level(chat_format(request.param).template)
 
 
 class TestOtherFamilies:
     def test_ids_are_those_of_their_template_and_texts_are_found(self, other):
-        _, tokenizer = other
-        table = dissect(tokenizer, CHAT)
-        assert table["id"].tolist() == encode_chat(tokenizer, CHAT)
+        table = dissect(other, CHAT)
+        assert table["id"].tolist() == encode_chat(other, CHAT)
         assert table["kind"].iloc[-1] == "generation prompt"
         text = table[table["kind"] == "text"]
         assert text["message"].drop_duplicates().tolist() == [0, 1, 2, 3, 5]
@@ -249,10 +233,8 @@ class TestOtherFamilies:
 
     def test_their_templates_turn_typed_tokens_into_commands(self, other):
         """What ChatGLM3's builder prevents is visible in the table: a special token inside a text."""
-        name, tokenizer = other
-        typed = chat_format(name).special_tokens[0]
-        table = dissect(tokenizer, [{"role": "user", "content": f"a{typed}"}])
-        assert table.query("kind == 'text' and special")["piece"].tolist() == [typed]
+        table = dissect(other, [{"role": "user", "content": "a<|user|>"}])
+        assert table.query("kind == 'text' and special")["piece"].tolist() == ["<|user|>"]
 
     def test_a_default_system_message_is_a_prefix(self):
         table = dissect(_byte_level(chat_format("Qwen2.5").template), HELLO)
@@ -298,7 +280,7 @@ class TestFormats:
 
     @pytest.mark.parametrize("name", FORMATS)
     @given(messages=chats(texts=st.text("ab\n<|user|>", max_size=5), lines=st.just("tool")))
-    @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25)
     def test_parts_are_the_whole_and_texts_are_the_messages(self, name, messages):
         segments = chat_format(name).segments(messages)
         texts = {s.message: s.text for s in segments if s.kind == "text" and s.text}
@@ -306,41 +288,12 @@ class TestFormats:
         indices = [s.message for s in segments if s.message is not None]
         assert indices == sorted(indices)
 
-    def test_overhead_of_a_turn(self, embedded):
-        table = compare_formats(CHAT[:2], {"ChatGLM3": embedded.tokenizer})
-        assert table["special_tokens_per_turn"].tolist() == [2, 4, 2]
-        # role, dummy prefix and newline of each of the two messages
-        assert table["frame_tokens_per_turn"].tolist()[0] == 6
-        assert table["frame_tokens_per_turn"].isna().tolist() == [False, True, True]
-        assert table.loc["GLM-4", "frame_characters_per_turn"] == len("<|user|>\n<|assistant|>\n")
-        assert set(table["text_characters"]) == {len(CHAT[0]["content"]) + len(CHAT[1]["content"])}
-
-    def test_counts_by_kind_add_up(self, embedded):
-        tokenizers = {"ChatGLM3": embedded.tokenizer, "Qwen2.5": _byte_level(chat_format("Qwen2.5").template)}
-        table = compare_formats(CHAT, tokenizers)
-        kinds = ["prefix_tokens", "role_tokens", "metadata_tokens", "text_tokens", "generation_prompt_tokens"]
-        counted = table.loc[list(tokenizers)]
-        assert (counted[kinds].sum(axis=1) == counted["tokens"]).all()
-        assert counted.loc["ChatGLM3", "tokens"] == len(encode_chat(embedded.tokenizer, CHAT))
-        assert table.loc["GLM-4", [*kinds, "tokens"]].isna().all()
-
-    def test_unknown_formats_are_refused(self, embedded):
+    def test_unknown_formats_are_refused(self):
         with pytest.raises(PromptError, match="no chat format 'Llama'. There are ChatGLM3, Qwen2.5, GLM-4"):
             chat_format("Llama")
-        with pytest.raises(PromptError, match="no chat format 'Llama'"):
-            compare_formats(HELLO, {"Llama": embedded.tokenizer})
-
-    def test_characters_per_token(self, embedded):
-        table = characters_per_token({"embedded": embedded.tokenizer}, {"en": "Hello", "emoji": "👋"})
-        ids = embedded.tokenizer("Hello", add_special_tokens=False)["input_ids"]
-        assert table.loc["en", "embedded"] == 5 / len(ids)
-        assert table.loc["emoji", "embedded"] == 1 / 5
-        with pytest.raises(PromptError, match="the text 'none' is empty"):
-            characters_per_token({"embedded": embedded.tokenizer}, {"none": ""})
 
     def test_segment_table_keeps_every_part(self):
-        segments = {name: chat_format(name).segments(HELLO) for name in FORMATS}
-        table = segment_table(segments)
+        table = segment_table({name: chat_format(name).segments(HELLO) for name in FORMATS})
         for name in FORMATS:
             assert "".join(table.loc[table["format"] == name, "text"]) == chat_format(name).text(HELLO)
 
@@ -375,19 +328,9 @@ class TestGrowth:
         parts = growth[["kept_tokens", "answer_tokens", "fed_tokens"]].sum(axis=1)
         assert (parts == growth["prompt_tokens"]).all()
 
-    def test_it_is_what_a_chat_feeds(self, embedded):
-        session = ChatSession(embedded, max_new_tokens=100)
-        messages = []
-        for text in ("你好", "3 + 4 = ?", "谢谢"):
-            *_, turn = session.say(text)
-            messages += [{"role": "user", "content": text}, {"role": "assistant", "content": turn.text}]
-        growth = prompt_growth(embedded.tokenizer, messages)
-        assert growth["fed_tokens"].tolist() == [turn.prompt_tokens for turn in session.turns]
-
     def test_a_template_that_rewrites_history_is_seen(self, embedded):
         template = "{% for m in messages %}{{ messages|length }}{{ m.content }};{% endfor %}"
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=embedded.tokenizer.backend_tokenizer, chat_template=template
-        )
+        backend = embedded.tokenizer.backend_tokenizer
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template)
         chat = [*HELLO, {"role": "assistant", "content": "Hi"}, *HELLO]
         assert prompt_growth(tokenizer, chat)["old_prompt_kept"].tolist() == [True, False]

@@ -4,7 +4,7 @@ import contextlib
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from glmlab.prompts.tools import ToolCall, ToolCallError, answer_tool_call, parse_tool_call, read_tool_call
@@ -26,7 +26,6 @@ def _block(code):
 
 class TestParsing:
     @given(value=LITERALS)
-    @settings(deadline=None)
     def test_literals_come_back(self, value):
         text = f"tool_call(value={value!r})"
         if "```" in text:
@@ -89,7 +88,6 @@ class TestParsing:
         assert "tool_was_run" not in sys.modules
 
     @given(text=st.text())
-    @settings(deadline=None)
     def test_any_text_is_a_call_or_an_error_of_ours(self, text):
         for candidate in (text, _block(text), _block(f"tool_call(a={text})")):
             with contextlib.suppress(ToolCallError):
