@@ -27,28 +27,18 @@ class ContextFullError(GlmlabError):
 class Turn:
     """One message and its answer, as far as it has come."""
 
-    number: int
-    """From 1."""
+    number: int  # from 1
     user_text: str
-    text: str = ""
-    """The answer so far, without metadata and stop token."""
-    metadata: str = ""
-    """The line before the text: the name of the tool that the answer calls, else empty (ChatGLM3 only)."""
-    new_text: str = ""
-    """What this token added to the text; empty while a character is not complete."""
-    token_ids: tuple[int, ...] = ()
-    """All generated ids, the stop token too."""
-    prompt_tokens: int = 0
-    """Tokens that the turn fed before the first generated one."""
-    context_tokens: int = 0
-    """Tokens whose keys and values are cached: the last generated token is not fed yet."""
-    context_characters: int = 0
-    """Characters of all messages so far, this answer included."""
+    text: str = ""  # the answer so far, without metadata and stop token
+    metadata: str = ""  # the line before the text: the tool that the answer calls, else empty (ChatGLM3 only)
+    new_text: str = ""  # what this token added to the text; empty while a character is not complete
+    token_ids: tuple[int, ...] = ()  # all generated ids, the stop token too
+    prompt_tokens: int = 0  # that the turn fed before the first generated one
+    context_tokens: int = 0  # whose keys and values are cached: the last generated token is not fed yet
+    context_characters: int = 0  # of all messages so far, this answer included
     kv_bytes: int = 0
-    first_token_s: float | None = None
-    """Seconds from the call to the first token; None for a restored turn."""
-    token_s: float | None = None
-    """Mean seconds of the tokens after the first; None before there is one."""
+    first_token_s: float | None = None  # from the call to the first token; None for a restored turn
+    token_s: float | None = None  # mean of the tokens after the first; None before there is one
     stop_reason: str | None = None
     """None while the answer goes on; then "stop token", "length", "context limit", "interrupted" or "restored"."""
 
@@ -91,12 +81,9 @@ class ChatSession:
         generation_config: GenerationConfig | None = None,
         static_tokens: int | None = None,
     ) -> None:
-        self.loaded = loaded
-        self.static_tokens = static_tokens
+        self.loaded, self.generation_config, self.static_tokens = loaded, generation_config, static_tokens
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self._tools = tools
-        self._max_new_tokens = max_new_tokens
-        self.generation_config = generation_config
+        self._tools, self._max_new_tokens = tools, max_new_tokens
         self.clear()
 
     def clear(self) -> None:

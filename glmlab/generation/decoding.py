@@ -93,9 +93,8 @@ class DecodeStep:
     caller_s: float  # act 3 of the step before, until the caller asked for this one; 0 for the first
     stop_check_s: float  # act 4
     logits: Tensor | None  # (batch, vocab) fp32, where kept
-    hidden_states: (
-        tuple[Tensor, ...] | None
-    )  # embeddings, then each layer: (batch, tokens, hidden), the last one normed
+    hidden_states: tuple[Tensor, ...] | None
+    """Embeddings, then each layer: (batch, tokens, hidden), the last one normed."""
     attentions: tuple[Tensor, ...] | None
 
     @property

@@ -40,13 +40,12 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return str(piece).replace("<0x0A>", "⏎").replace("\n", "⏎")
 
 
-def steps_table(tokenizer: Any, steps: Sequence[DecodeStep], *, row: int = 0) -> pd.DataFrame:
-    """One line a step: token, probability, cache and the time of each act.
+def steps_table(tokenizer: Any, steps: Sequence[DecodeStep]) -> pd.DataFrame:
+    """One line a step: token, probability, cache and the time of each act; of a batch its first sequence.
 
     Args:
         tokenizer: of the model that made the steps.
         steps: from ``decode_steps``, with candidates (``Keep(top_k=…)`` of at least 1).
-        row: sequence of the batch.
 
     Returns:
         Columns step, phase, token_id, text, probability (after all warpers), surprisal_bits, fed_tokens, cached_tokens
@@ -64,44 +63,41 @@ def steps_table(tokenizer: Any, steps: Sequence[DecodeStep], *, row: int = 0) ->
             {
                 "step": step.index,
                 "phase": step.phase,
-                "token_id": step.token_ids[row],
-                "text": token_text(tokenizer, step.token_ids[row]),
-                "probability": 2.0 ** -step.surprisal_bits[row],
-                "surprisal_bits": step.surprisal_bits[row],
+                "token_id": step.token_ids[0],
+                "text": token_text(tokenizer, step.token_ids[0]),
+                "probability": 2.0 ** -step.surprisal_bits[0],
+                "surprisal_bits": step.surprisal_bits[0],
                 "fed_tokens": step.input_shapes["input_ids"][1],
                 "cached_tokens": step.cached_tokens,
                 "context_tokens": step.context_length,
                 "kv_bytes": step.kv_bytes,
-                **{f"survivors: {_stage_name(stage)}": int(stage.survivors[row]) for stage in step.stages},
+                **{f"survivors: {_stage_name(stage)}": int(stage.survivors[0]) for stage in step.stages},
                 "forward_ms": step.forward_s * 1e3,
                 "choose_ms": step.choose_s * 1e3,
                 "caller_ms": away_ms,
                 "stop_check_ms": step.stop_check_s * 1e3,
-                "stop_reason": step.stop_reasons[row],
+                "stop_reason": step.stop_reasons[0],
             }
             for step, away_ms in zip(steps, caller_ms, strict=True)
         ]
     )
 
 
-def candidates_table(
-    tokenizer: Any, stages: Iterable[Stage], *, chosen: int | None = None, row: int = 0
-) -> pd.DataFrame:
+def candidates_table(tokenizer: Any, stages: Iterable[Stage], *, chosen: int | None = None) -> pd.DataFrame:
     """One line a stage and candidate: what each processor and warper made of the best tokens.
 
     Args:
         tokenizer: of the model that made the stages.
         stages: of a DecodeStep, or from ``reweigh``.
         chosen: the token that was taken; it is marked.
-        row: sequence of the batch.
 
     Returns:
         Columns stage, survivors, rank (from 1), token_id, text, probability, chosen; none for a candidate that was cut.
     """
     lines = []
     for stage in stages:
-        survivors = int(stage.survivors[row])
-        best = zip(stage.token_ids[row, :survivors].tolist(), stage.probabilities[row].tolist(), strict=False)
+        survivors = int(stage.survivors[0])
+        best = zip(stage.token_ids[0, :survivors].tolist(), stage.probabilities[0].tolist(), strict=False)
         lines += [
             {
                 "stage": _stage_name(stage),
@@ -117,7 +113,7 @@ def candidates_table(
     return pd.DataFrame(lines)
 
 
-def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6, row: int = 0) -> pd.DataFrame:
+def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6) -> pd.DataFrame:
     """What the residual stream would have predicted after each layer: the model's own norm and head, applied early.
 
     The last of transformers' hidden states is normed already, so it goes straight to the head: the step's own logits.
@@ -126,7 +122,6 @@ def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6, ro
         loaded: the model that made the step.
         step: made with ``Keep(hidden_states=True)``; its last position is read.
         candidates: best tokens of each layer.
-        row: sequence of the batch.
 
     Returns:
         Columns layer (0: the embeddings), name, normed (as recorded), rank, token_id, text, probability, chosen. The
@@ -147,10 +142,10 @@ def logit_lens(loaded: LoadedModel, step: DecodeStep, *, candidates: int = 6, ro
     stages = []
     with torch.no_grad():
         for layer, hidden in enumerate(step.hidden_states):
-            residual = hidden[row : row + 1, -1:]  # (1, 1, hidden)
+            residual = hidden[:1, -1:]  # (1, 1, hidden)
             logits = head(residual if layer == last else norm(residual))[:, 0].float()  # (1, vocab)
             stages.append(make_stage(f"layer {layer}" if layer else "embeddings", logits, candidates))
-    table = candidates_table(loaded.tokenizer, stages, chosen=step.token_ids[row])
+    table = candidates_table(loaded.tokenizer, stages, chosen=step.token_ids[0])
     layers = table["stage"].map({stage.name: layer for layer, stage in enumerate(stages)})
     table.insert(0, "layer", layers)
     table.insert(2, "normed", layers == last)
