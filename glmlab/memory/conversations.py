@@ -1,4 +1,7 @@
-"""A conversation: the user's side of a chat, fixed in a JSON file, so that two recordings ask the same."""
+"""A conversation: the user's side of a chat, fixed in a file, so that two recordings ask the same.
+
+The file is JSON: ``{"name": …, "language": …, "turns": [{"user": …, "max_new_tokens": …}, …]}``.
+"""
 
 import hashlib
 import json
@@ -10,8 +13,7 @@ from typing import Any
 from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
 
-BUNDLED_CONVERSATIONS = ("long", "short")
-"""Names that :func:`load_conversation` finds in ``data/conversations``."""
+BUNDLED_CONVERSATIONS = ("long", "short")  # of data/conversations
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,17 @@ class Conversation:
     name: str
     language: str
     turns: tuple[Question, ...]
-    sha256: str
-    """Of the file's bytes."""
+    sha256: str  # of the file's bytes
 
 
 def load_conversation(path: str | os.PathLike[str]) -> Conversation:
-    """Read a conversation file: ``{"name": …, "language": …, "turns": [{"user": …, "max_new_tokens": …}, …]}``.
-
-    Args:
-        path: a file, or "long" or "short" for those that come with the suite.
+    """Read a conversation: a file, or "long" or "short" for those that come with the suite.
 
     Raises:
         GlmlabError: the file is missing, is not JSON, or a turn lacks something.
 
     Example:
-        >>> conversation = load_conversation("short")
-        >>> conversation.turns[0].user
+        >>> load_conversation("short").turns[0].user
         '你好'
     """
     file = data_path("conversations", f"{path}.json") if path in BUNDLED_CONVERSATIONS else Path(path)

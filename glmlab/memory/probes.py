@@ -17,7 +17,7 @@ single processes. They are then None: missing, not 0.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from glmlab.core.errors import GlmlabError
@@ -45,34 +45,22 @@ class ProbeError(GlmlabError):
 class Reading:
     """Memory at one moment, of one GPU or, if ``gpu`` is None, of a process without one. What is unknown is None."""
 
-    source: str
-    """Where used_mib comes from: "gpustat", "nvml", or "process" (no GPU)."""
-    rss_mib: float
-    """Resident host memory of this process."""
-    gpu: int | None = None
-    """Index of the GPU as nvidia-smi and gpustat count."""
+    source: str  # of used_mib: "gpustat", "nvml", or "process" (no GPU)
+    rss_mib: float  # resident host memory of this process
+    gpu: int | None = None  # index as nvidia-smi and gpustat count
     name: str | None = None
     total_mib: float | None = None
     used_mib: float | None = None
-    process_mib: float | None = None
-    """This process's part of used_mib."""
-    others_mib: float | None = None
-    """Sum over the other processes; None unless the driver gives the figure of every one."""
+    process_mib: float | None = None  # this process's part of used_mib
+    others_mib: float | None = None  # sum over the other processes; None unless the driver gives every one's figure
     allocated_mib: float | None = None
     reserved_mib: float | None = None
-    peak_allocated_mib: float | None = None
-    """Highest allocated_mib since the previous reading; in the first one, since the process started."""
+    peak_allocated_mib: float | None = None  # since the previous reading; in the first one, since the process started
     peak_reserved_mib: float | None = None
 
     def row(self) -> dict[str, float | int | None]:
-        """The figures under the names of a recording's columns.
-
-        Example:
-            >>> Reading("process", rss_mib=512.0).row()["rss_mib"]
-            512.0
-        """
-        fields = asdict(self)
-        return {column: fields[column] for column in READING_COLUMNS}
+        """The figures under the names of a recording's columns."""
+        return {column: getattr(self, column) for column in READING_COLUMNS}
 
 
 @dataclass(frozen=True)
@@ -109,8 +97,7 @@ class MemoryProbe:
     def __init__(self, devices: "str | torch.device | Sequence[str | torch.device]" = "cpu") -> None:
         several = [devices] if isinstance(devices, str) or not isinstance(devices, Sequence) else devices
         ordinals = sorted({_ordinal(str(device)) for device in several if str(device).startswith("cuda")})
-        self.driver: str | None = None
-        """Version of the NVIDIA driver; None without a GPU."""
+        self.driver: str | None = None  # its version; None without a GPU
         self._gpus: list[_Gpu] = []
         if ordinals:
             with _driver_errors("before the first reading") as nvml:
@@ -138,15 +125,13 @@ class MemoryProbe:
             ProbeError: the driver went away.
         """
         with _driver_errors("while reading clocks") as nvml:
+            asked = {
+                "sm_clock_mhz": (nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
+                "temperature_c": (nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            }
             return [
-                {
-                    "index": gpu.index,
-                    "name": gpu.name,
-                    "sm_clock_mhz": _if_told(nvml, nvml.nvmlDeviceGetClockInfo, gpu.handle, nvml.NVML_CLOCK_SM),
-                    "temperature_c": _if_told(
-                        nvml, nvml.nvmlDeviceGetTemperature, gpu.handle, nvml.NVML_TEMPERATURE_GPU
-                    ),
-                }
+                {"index": gpu.index, "name": gpu.name}
+                | {name: _if_told(nvml, ask, gpu.handle, what) for name, (ask, what) in asked.items()}
                 for gpu in self._gpus
             ]
 

@@ -48,10 +48,6 @@ def chat_provenance(
 def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
     """What any measured run says about itself; plain types, no path of this machine.
 
-    Args:
-        report: of the model that runs.
-        probe: of the devices that it lies on.
-
     Raises:
         ProbeError: the driver does not answer.
 
@@ -82,8 +78,8 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in ("glmlab", "gpustat")},
             **report.versions,
         },
-        "os": operating_system(),
-    }
+        "os": " ".join([platform.system(), *re.findall(r"^[\d.]+", platform.release()), platform.machine()]),
+    }  # of a kernel's name only the number, since the rest may name its owner
     if probe.driver is not None:
         import torch
 
@@ -96,12 +92,6 @@ def run_provenance(report: LoadReport, probe: MemoryProbe) -> dict[str, Any]:
 def today() -> str:
     """Now in UTC, or the moment that SOURCE_DATE_EPOCH names, so that a rebuilt file is the same file."""
     return (source_date() or datetime.now(UTC)).isoformat(timespec="seconds")
-
-
-def operating_system() -> str:
-    """System, version and machine; of a kernel's name only the number, since the rest may name its owner."""
-    version = re.match(r"[\d.]*", platform.release())
-    return " ".join([platform.system(), version.group() if version else "", platform.machine()])
 
 
 def _public_name(name: str) -> str:

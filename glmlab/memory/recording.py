@@ -109,19 +109,10 @@ def record(
 
 
 class Recorder:
-    """Records a chat session: use :meth:`say` instead of the session's, inside a ``with`` block.
+    """Records a chat session without turns: use :meth:`say` instead of the session's, inside a ``with`` block.
 
-    Args:
-        session: a session without turns.
-        path: the CSV file; it must not exist yet.
-        conversation: the conversation that the chat follows, if any: its hash goes into the provenance.
-        every_token: a row for every token instead of every turn.
-        resume: continue the recording in ``path``; the session takes up its turns.
-        probe: where to read the memory; by default every device that the model lies on.
-        notes: added to the provenance; plain types.
-
-    Raises:
-        RecordingError: as :func:`record`.
+    Arguments and errors are those of :func:`record`. Without a conversation the chat is a typed one; a resumed session
+    takes up the turns that are in the recording.
     """
 
     def __init__(
@@ -136,14 +127,10 @@ class Recorder:
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = csv_file(path)
-        """The CSV file."""
-        self.turns = 0
-        """Finished turns in the recording."""
+        self.turns = 0  # finished ones in the recording
         self._json_path = self.path.with_suffix(".json")
         self._transcript_path = self.path.with_suffix(".transcript.jsonl")
-        self._session = session
-        self._every_token = every_token
-        self._conversation = conversation
+        self._session, self._conversation, self._every_token = session, conversation, every_token
         self._probe = probe or MemoryProbe.for_model(session.loaded.model)
         self._step = 0
         self._provenance = {**chat_provenance(session, self._probe, conversation, every_token), **(notes or {})}
