@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
+from typer import Argument, Option
 
 from glmlab.core.errors import GlmlabError
 
@@ -29,10 +30,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Option(help="embedded, a checkpoint folder, or a hub id such as zai-org/chatglm3-6b")]
-Precision = Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int4, or auto: the largest that fits")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
-Weights = Annotated[str, typer.Option(help="checkpoint, or random: same memory, nothing to download")]
+Model = Annotated[str, Option(help="embedded, a checkpoint folder, or a hub id such as zai-org/chatglm3-6b")]
+Precision = Annotated[str, Option(help="fp32, bf16, fp16, int8, int4, or auto: the largest that fits")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, …")]
+Weights = Annotated[str, Option(help="checkpoint, or random: same memory, nothing to download")]
 
 
 @app.command()
@@ -41,10 +42,8 @@ def chat(
     precision: Precision = "auto",
     device: Device = "auto",
     weights: Weights = "checkpoint",
-    record: Annotated[Path | None, typer.Option(help="record the memory after every turn in this .csv")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="most tokens of an answer; default: the rest of the context")
-    ] = None,
+    record: Annotated[Path | None, Option(help="record the memory after every turn in this .csv")] = None,
+    max_new_tokens: Annotated[int | None, Option(help="most tokens of an answer; default: all that fit")] = None,
 ) -> None:
     """Chat with a model; type 'clear' to start over, 'stop' to end."""
     from contextlib import nullcontext
@@ -92,14 +91,10 @@ def _stream(talk: "ChatSession | Recorder", text: str, context_limit: int) -> No
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="the hub's name of a model, such as zai-org/chatglm3-6b")],
-    hub: Annotated[
-        str, typer.Option("--from", help="huggingface, or modelscope (there it is ZhipuAI/chatglm3-6b)")
-    ] = "huggingface",
-    to: Annotated[Path | None, typer.Option(help="a folder of its own; default: the hub's cache")] = None,
-    with_source: Annotated[
-        bool, typer.Option("--with-source", help="also the model's Python files: to read, never executed")
-    ] = False,
+    model: Annotated[str, Argument(help="the hub's name of a model, such as zai-org/chatglm3-6b")],
+    hub: Annotated[str, Option("--from", help="huggingface, or modelscope (where it is ZhipuAI/…)")] = "huggingface",
+    to: Annotated[Path | None, Option(help="a folder of its own; default: the hub's cache")] = None,
+    with_source: Annotated[bool, Option("--with-source", help="the Python files, too: never executed")] = False,
 ) -> None:
     """Download a model, or complete a half-download, and check every file."""
     from glmlab.models.checkpoints import fetch as run
@@ -111,16 +106,14 @@ def fetch(
 
 @app.command()
 def record(
-    out: Annotated[Path, typer.Argument(help="the .csv to write; the .json beside it holds the provenance")],
+    out: Annotated[Path, Argument(help="the .csv to write; the .json beside it holds the provenance")],
     model: Model = "embedded",
     precision: Precision = "auto",
     device: Device = "auto",
     weights: Weights = "checkpoint",
-    conversation: Annotated[str, typer.Option(help="long, short, or a conversation file (.json)")] = "long",
-    every_token: Annotated[
-        bool, typer.Option("--every-token", help="a row for every token instead of every turn")
-    ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="continue an interrupted recording")] = False,
+    conversation: Annotated[str, Option(help="long, short, or a conversation file (.json)")] = "long",
+    every_token: Annotated[bool, Option("--every-token", help="a row for every token instead of every turn")] = False,
+    resume: Annotated[bool, Option("--resume", help="continue an interrupted recording")] = False,
 ) -> None:
     """Chat through a fixed conversation and record the memory after every turn."""
     from glmlab.memory.conversations import load_conversation
@@ -134,30 +127,22 @@ def record(
 
 @app.command()
 def forecast(
-    model: Annotated[str | None, typer.Argument(help="hub id, folder or config.json")] = None,
-    trace: Annotated[
-        str | None, typer.Option(help="forecast a recorded trace of data/traces instead of a model")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16, fp16, int8 or int4; default: fp16, or the trace's own")
-    ] = None,
-    attention: Annotated[str | None, typer.Option(help="sdpa or eager; default: sdpa, or the trace's own")] = None,
-    cache: Annotated[str | None, typer.Option(help="dynamic or static; default: dynamic, or the trace's own")] = None,
-    batch: Annotated[int | None, typer.Option(help="sequences at a time; default: 1")] = None,
-    tokens: Annotated[int | None, typer.Option(help="context length to reach in one turn")] = None,
-    turns: Annotated[
-        str | None, typer.Option(help="prompt:generated tokens of every turn, such as 30:500,30:500")
-    ] = None,
-    card: Annotated[str, typer.Option(help="a GPU of data/gpus.csv, such as 'RTX 4060': its memory ends the run")] = "",
-    csv: Annotated[Path | None, typer.Option(help="write one row a step, with a column per component")] = None,
+    model: Annotated[str | None, Argument(help="hub id, folder or config.json")] = None,
+    trace: Annotated[str | None, Option(help="forecast a recorded trace of data/traces instead of a model")] = None,
+    precision: Annotated[str | None, Option(help="fp32, bf16, fp16 (default), int8, int4, or the trace's own")] = None,
+    attention: Annotated[str | None, Option(help="sdpa or eager; default: sdpa, or the trace's own")] = None,
+    cache: Annotated[str | None, Option(help="dynamic or static; default: dynamic, or the trace's own")] = None,
+    batch: Annotated[int | None, Option(help="sequences at a time; default: 1")] = None,
+    tokens: Annotated[int | None, Option(help="context length to reach in one turn")] = None,
+    turns: Annotated[str | None, Option(help="prompt:generated tokens of every turn, such as 30:500,30:500")] = None,
+    card: Annotated[str, Option(help="a GPU of data/gpus.csv, such as 'RTX 4060': its memory ends the run")] = "",
+    csv: Annotated[Path | None, Option(help="write one row a step, with a column per component")] = None,
     figure: Annotated[
         Path | None,
-        typer.Option(help="draw it by component (.pdf, .svg or .png); where --csv has the same name, the table wins"),
+        Option(help="draw it by component (.pdf, .svg or .png); where --csv has the same name, the table wins"),
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="list every rise and plateau with its reason")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print the last step, rises, plateaus, longest context and provenance")
-    ] = False,
+    explain: Annotated[bool, Option("--explain", help="list every rise and plateau with its reason")] = False,
+    as_json: Annotated[bool, Option("--json", help="print last step, rises, plateaus, longest context, …")] = False,
 ) -> None:
     """Say without a GPU what gpustat would show at every context length, by component."""
     from glmlab.forecast.forecast import Forecast
@@ -227,8 +212,8 @@ def _print_json(document: object) -> None:
 
 @app.command()
 def replay(
-    snapshot: Annotated[Path, typer.Argument(help="a file of torch.cuda.memory._dump_snapshot, recorded with history")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the counts as JSON")] = False,
+    snapshot: Annotated[Path, Argument(help="a file of torch.cuda.memory._dump_snapshot, recorded with history")],
+    as_json: Annotated[bool, Option("--json", help="print the counts as JSON")] = False,
 ) -> None:
     """Replay a real GPU's memory snapshot, and compare every choice of the allocator with PyTorch's."""
     from glmlab.snapshots.reader import read_snapshot
@@ -243,10 +228,8 @@ def replay(
 
 @app.command()
 def compare(
-    recordings: Annotated[list[Path] | None, typer.Argument(help=".csv files of recordings")] = None,
-    log: Annotated[
-        Path | None, typer.Option(help="a log of lines 'characters, MiB', as the chapter's script wrote")
-    ] = None,
+    recordings: Annotated[list[Path] | None, Argument(help=".csv files of recordings")] = None,
+    log: Annotated[Path | None, Option(help="a log of lines 'characters, MiB', as the chapter's script wrote")] = None,
 ) -> None:
     """Compare recordings with their forecasts, and say how far these are off."""
     from glmlab.evidence.accuracy import error_table
@@ -261,14 +244,10 @@ def compare(
 
 @app.command()
 def evidence(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="parts of runs' names, such as int4 or 'snapshot-*'; default: all")
-    ] = None,
-    show: Annotated[bool, typer.Option("--list", help="show the runs and do none")] = False,
-    minutes: Annotated[
-        float, typer.Option(help="no run starts later than this; the rest is left for another call")
-    ] = 20.0,
-    data: Annotated[Path, typer.Option(help="the folder that keeps recordings/ and snapshots/")] = Path("data"),
+    names: Annotated[list[str] | None, Argument(help="parts of runs' names, such as int4; default: all")] = None,
+    show: Annotated[bool, Option("--list", help="show the runs and do none")] = False,
+    minutes: Annotated[float, Option(help="no run starts later than this; the rest is left for another call")] = 20.0,
+    data: Annotated[Path, Option(help="the folder that keeps recordings/ and snapshots/")] = Path("data"),
 ) -> None:
     """Record on this machine's GPU what forecasts are compared with; finished runs are skipped."""
     from glmlab.evidence.plan import EvidenceError, choose
@@ -293,16 +272,12 @@ def evidence(
 
 @app.command()
 def notebooks(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="beginnings of file names, such as 04; default: all")
-    ] = None,
-    folder: Annotated[Path, typer.Option(help="where the notebooks are")] = Path("notebooks"),
-    out: Annotated[Path, typer.Option(help="where the executed copies go")] = Path("build/notebooks"),
-    parameter: Annotated[
-        list[str] | None, typer.Option("--parameter", "-p", help="name=value for the parameter cell; repeatable")
-    ] = None,
-    in_place: Annotated[bool, typer.Option("--in-place", help="write the outputs back into the notebooks")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="notebooks at a time; measured times need 1")] = 1,
+    names: Annotated[list[str] | None, Argument(help="beginnings of file names, such as 04; default: all")] = None,
+    folder: Annotated[Path, Option(help="where the notebooks are")] = Path("notebooks"),
+    out: Annotated[Path, Option(help="where the executed copies go")] = Path("build/notebooks"),
+    parameter: Annotated[list[str] | None, Option("--parameter", "-p", help="name=value; repeatable")] = None,
+    in_place: Annotated[bool, Option("--in-place", help="write the outputs back into the notebooks")] = False,
+    jobs: Annotated[int, Option("--jobs", "-j", min=1, help="notebooks at a time; measured times need 1")] = 1,
 ) -> None:
     """Run notebooks top to bottom; figures land in figures/."""
     from glmlab.suite.notebooks import execute_notebooks, find_notebooks, parse_parameters
@@ -316,16 +291,16 @@ def notebooks(
 def figures(
     names: Annotated[
         list[str] | None,
-        typer.Argument(
+        Argument(
             metavar="[FOLDER] [NAME]...",
             help="a folder of saved figures (default: figures/, else the suite's own), names of figures (default: all)",
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the folder they go into; default: where they come from")] = None,
-    formats: Annotated[str, typer.Option("--format", help="pdf, svg, png, with commas between")] = "pdf,svg,png",
-    style: Annotated[str, typer.Option(help="paper, slide or web")] = "paper",
-    width: Annotated[str | None, typer.Option(help="width of every figure, such as 86mm; default: its own")] = None,
-    lang: Annotated[str, typer.Option(help="en or zh (traditional Chinese)")] = "en",
+    out: Annotated[Path | None, Option(help="the folder they go into; default: where they come from")] = None,
+    formats: Annotated[str, Option("--format", help="pdf, svg, png, with commas between")] = "pdf,svg,png",
+    style: Annotated[str, Option(help="paper, slide or web")] = "paper",
+    width: Annotated[str | None, Option(help="width of every figure, such as 86mm; default: its own")] = None,
+    lang: Annotated[str, Option(help="en or zh (traditional Chinese)")] = "en",
 ) -> None:
     """Draw saved figures again, in another language, width or style: from their data alone, without a model."""
     from glmlab.figures.saving import find_figures, redraw
@@ -341,9 +316,9 @@ def figures(
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="the document to write: .html or .pdf")] = Path("report.html"),
-    folder: Annotated[Path, typer.Option(help="where the executed notebooks are")] = Path("notebooks"),
-    browser: Annotated[str | None, typer.Option(help="browser that prints the PDF; default: Chromium on PATH")] = None,
+    out: Annotated[Path, Option(help="the document to write: .html or .pdf")] = Path("report.html"),
+    folder: Annotated[Path, Option(help="where the executed notebooks are")] = Path("notebooks"),
+    browser: Annotated[str | None, Option(help="browser that prints the PDF; default: Chromium on PATH")] = None,
 ) -> None:
     """Bind the notebooks and their figures into one document, which needs no other file and no network."""
     from glmlab.core.units import format_bytes
@@ -355,9 +330,9 @@ def report(
 
 @app.command()
 def bench(
-    out: Annotated[Path, typer.Option(help="where the values go, as JSON")] = Path("build/bench.json"),
-    repetitions: Annotated[int, typer.Option(help="rounds; more are steadier")] = 20,
-    notebooks: Annotated[Path, typer.Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
+    out: Annotated[Path, Option(help="where the values go, as JSON")] = Path("build/bench.json"),
+    repetitions: Annotated[int, Option(help="rounds; more are steadier")] = 20,
+    notebooks: Annotated[Path, Option(help="the notebooks whose run time is taken")] = Path("notebooks"),
 ) -> None:
     """Print what the suite's own code costs: ratios of two ways, seconds, the replay in nanoseconds an event."""
     from glmlab.suite.bench import format_rows, replay_table, run_benchmarks
@@ -369,11 +344,9 @@ def bench(
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str | None, typer.Option(help="say whether this model fits here: hub id, folder, config.json")
-    ] = None,
+    model: Annotated[str | None, Option(help="say whether this model fits here: hub id, folder, config.json")] = None,
     precision: Precision = "auto",
-    tokens: Annotated[int, typer.Option(help="context length to reach")] = 2048,
+    tokens: Annotated[int, Option(help="context length to reach")] = 2048,
     device: Device = "auto",
 ) -> None:
     """Say what will and will not work on this machine, or whether a model fits."""

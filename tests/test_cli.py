@@ -1,15 +1,14 @@
 """The command line, in this process where nothing hangs on the process itself."""
 
 import json
-import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from glmlab import cli
 from glmlab.cli import app, main
 from glmlab.core.curve import read_curve
 from glmlab.memory.recording import RecordingError
@@ -130,32 +129,24 @@ def test_a_forecast_as_json_is_one_document_with_rises_and_the_longest_context(t
     assert result.stderr.startswith(f"wrote {tmp_path / 'curve.csv'}, ")
 
 
-def test_a_recorded_trace_is_forecast_without_torch():
-    code = (
-        "import sys; from glmlab.cli import app; "
-        "app(sys.argv[1:], standalone_mode=False); print('torch' in sys.modules)"
-    )
-    shown = subprocess.run([sys.executable, "-c", code, *ORIGINAL], capture_output=True, text=True, check=True).stdout
-    assert "709 tokens" in shown
-    assert shown.endswith("False\n")
+def test_the_module_is_the_command_and_forecasts_a_recorded_trace_without_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "glmlab", *ORIGINAL]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert done.stdout.startswith("ChatGLM3-6B, original code, int4\n")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "glmlab.forecast.forecast" in imported
+    assert not {"torch", "transformers"} & imported
 
 
-def test_the_module_is_the_command_and_a_context_beyond_the_models_limit_is_one_line_of_warning():
-    command = [sys.executable, "-m", "glmlab", "forecast", "embedded", "--tokens", "8193"]
-    utf8 = {**os.environ, "PYTHONUTF8": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=utf8)
-    assert done.returncode == 0
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("glmlab: the turns reach 8,193 tokens, but embedded is made for 8,192")
-    assert "8,193 tokens" in done.stdout
-
-
-def test_a_context_beyond_the_models_limit_is_forecast_with_a_warning_of_one_line():
-    with pytest.warns(UserWarning, match="the turns reach 8,193 tokens, but embedded is made for 8,192"):
-        result = CliRunner().invoke(app, ["forecast", "embedded", "--tokens", "8193"])
-    assert "8,193 tokens" in result.stdout
-    assert cli._format_warning("beyond", UserWarning, "a.py", 7) == "glmlab: beyond\n"
-    assert cli._format_warning("old", DeprecationWarning, "a.py", 7) == "a.py:7: DeprecationWarning: old\n"
+def test_a_context_beyond_the_models_limit_is_forecast_with_a_warning_of_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["glmlab", "forecast", "embedded", "--tokens", "8193"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    says = "the turns reach 8,193 tokens, but embedded is made for 8,192"
+    with pytest.warns(UserWarning, match=says), pytest.raises(SystemExit):
+        main()
+    assert "8,193 tokens" in capsys.readouterr().out
+    assert warnings.formatwarning("beyond", UserWarning, "a.py", 7) == "glmlab: beyond\n"
+    assert warnings.formatwarning("old", DeprecationWarning, "a.py", 7) == "a.py:7: DeprecationWarning: old\n"
 
 
 def test_a_real_snapshot_is_replayed(shared_data):

@@ -1,10 +1,7 @@
 """Bytes and their names: MiB = 2**20 bytes and GiB = 2**30 bytes, never MB or GB."""
 
 MIB = 2**20
-"""Bytes in one MiB."""
-
 GIB = 2**30
-"""Bytes in one GiB."""
 
 
 def mib(n_bytes: float) -> float:
@@ -15,16 +12,6 @@ def mib(n_bytes: float) -> float:
         3.0
     """
     return n_bytes / MIB
-
-
-def gib(n_bytes: float) -> float:
-    """Bytes as GiB.
-
-    Example:
-        >>> gib(2**31)
-        2.0
-    """
-    return n_bytes / GIB
 
 
 def format_bytes(n_bytes: float) -> str:

@@ -7,7 +7,6 @@ Chromium of playwright's own.
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -15,12 +14,10 @@ import shutil
 import subprocess
 import tempfile
 from base64 import b64encode
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import nh3
 from bs4.builder import ParserRejectedMarkup
@@ -29,6 +26,7 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 from traitlets.config import Config
 
+from glmlab.core.curve import read_curve_json
 from glmlab.core.errors import GlmlabError
 from glmlab.core.files import write_atomically
 from glmlab.core.resources import data_path, source_date
@@ -102,7 +100,8 @@ def report_html(folder: Path) -> str:
 
     Raises:
         NotebookError: no notebooks, or a file that is not one.
-        ReportError: a notebook that was not run or cannot be a chapter; a recording's .json that cannot be read.
+        ReportError: a notebook that was not run or cannot be a chapter.
+        CurveError: a recording's .json that cannot be read.
     """
     paths = [path for path in find_notebooks(folder, []) if path.stem != "index"]
     if not paths:
@@ -243,19 +242,10 @@ def _chapter(path: Path, stems: frozenset[str]) -> Chapter:
 
 def _facts(path: Path) -> list[str]:
     """Facts of a recording in short: those that fit a line."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        facts: Mapping[str, Any] = document.get("provenance", document)
-        versions = facts.get("versions", {}).items()
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
-        raise ReportError(
-            f"{path.name} of data/recordings is not the JSON of a recording ({error}). Copy it again from the suite's "
-            "checkout."
-        ) from error
+    facts = read_curve_json(path)["provenance"]
     shown = ("kind", "source", "model", "precision", "device", "gpu", "driver", "os", "date")
-    return [f"{name}: {facts[name]}" for name in shown if facts.get(name)] + [
-        f"{n} {version}" for n, version in versions
-    ]
+    versions = facts.get("versions", {}).items()
+    return [f"{name}: {facts[name]}" for name in shown if facts.get(name)] + [" ".join(each) for each in versions]
 
 
 def _with_code_points(html: str) -> str:
