@@ -36,6 +36,7 @@ RECORD = ".glmlab-fetch"
 
 _LARGEST_TEXT_BYTES = 256 * 2**20  # far above the largest tokenizer or index published
 
+_NO_ACCESS = "ModelScope gives no access to {model}: set MODELSCOPE_API_TOKEN, or log in with 'ms-hub login'."
 _MEANINGS = {  # error of a client -> what it means, and what to do
     "GatedRepoError": "{model} is gated: accept its licence on its hub page, then log in with 'hf auth login' or set "
     "HF_TOKEN.",
@@ -45,12 +46,9 @@ _MEANINGS = {  # error of a client -> what it means, and what to do
     "format.",
     "NotExistError": "ModelScope knows no model '{model}'. Check the spelling: ChatGLM3-6B is 'ZhipuAI/chatglm3-6b' "
     "there.",
-    "AuthenticationError": "ModelScope gives no access to {model}: set MODELSCOPE_API_TOKEN, or log in with 'ms-hub "
-    "login'.",
-    "FileDownloadError": "{model} came only in part ({error}). Fetch again: what is here stays, an interrupted file "
-    "resumes.",
+    "AuthenticationError": _NO_ACCESS,
+    "PermissionDeniedError": _NO_ACCESS,
 }
-_MEANINGS["PermissionDeniedError"] = _MEANINGS["AuthenticationError"]
 
 
 class CheckpointError(GlmlabError):
@@ -58,7 +56,7 @@ class CheckpointError(GlmlabError):
 
 
 class _UnreachableError(CheckpointError):
-    """The hub does not answer; the text is the second half of a sentence and begins in lower case."""
+    """The hub does not deliver; the text is the second half of a sentence and begins in lower case."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +67,19 @@ class HubFile:
     size_bytes: int
     sha256: str | None = None
 
-    def __post_init__(self) -> None:
-        is_hash = self.sha256 is None or (isinstance(self.sha256, str) and len(self.sha256) == 64)
-        if not (isinstance(self.name, str) and isinstance(self.size_bytes, int) and self.size_bytes >= 0 and is_hash):
-            raise CheckpointError(
-                f"the hub lists {str(self.name)[:80]!r} with size {str(self.size_bytes)[:80]} and sha256 "
-                f"{str(self.sha256)[:80]}, which no file has. Use another endpoint."
-            )
-
 
 @dataclass(frozen=True)
 class FetchReport:
-    """What a fetch brought and checked; its str is what ``glmlab fetch`` prints."""
+    """What a fetch brought and checked; its str is what ``glmlab fetch`` prints.
+
+    ``files`` are all that loading needs, and empty where the hub was out of reach and the whole copy here is used;
+    ``fetched`` are the names of those that were not here before.
+    """
 
     model: str
     folder: Path
     files: tuple[HubFile, ...]
-    """All files that loading needs; empty where the hub was out of reach, and the whole copy here is used."""
     fetched: frozenset[str]
-    """Names of the files that were not there before."""
     seconds: float
 
     def __str__(self) -> str:
@@ -115,7 +107,7 @@ class _HuggingFace:
 
         commit = HfApi().resolve_revision(model).resolved
         entries = [e for e in HfApi().list_repo_tree(model, revision=commit) if isinstance(e, RepoFile)]
-        return commit, [HubFile(e.path, e.size, e.lfs.sha256 if e.lfs else None) for e in entries]
+        return commit, [HubFile(str(e.path), int(e.size), str(e.lfs.sha256) if e.lfs else None) for e in entries]
 
     def folder(self, model: str, revision: str) -> Path:
         from huggingface_hub import constants
@@ -150,7 +142,7 @@ class _ModelScope:
     def listing(self, model: str) -> tuple[str, list[HubFile]]:
         entries = self._api.list_repo_files(model, "model", revision="master", recursive=False)
         files = [entry for entry in entries if entry.type != "tree"]
-        return "master", [HubFile(entry.path, entry.size, entry.sha256 or None) for entry in files]
+        return "master", [HubFile(str(e.path), int(e.size), str(e.sha256) if e.sha256 else None) for e in files]
 
     def folder(self, model: str, revision: str) -> Path:
         return Path(self._config.cache_dir) / "models" / model.replace("/", "--") / "snapshots" / revision
@@ -169,28 +161,19 @@ def _explained(client: _HuggingFace | _ModelScope, model: str) -> Iterator[None]
     """Turn a client's errors into a CheckpointError that says what to do."""
     try:
         yield
-    except CheckpointError:
-        raise
     except Exception as error:
         kinds = [kind.__name__ for kind in type(error).__mro__]
-        text = _printable(error)
         if meaning := next((_MEANINGS[kind] for kind in kinds if kind in _MEANINGS), ""):
-            raise CheckpointError(meaning.format(model=model, error=text)) from error
-        if "HfHubHTTPError" in kinds:
-            raise _UnreachableError(f"the hub answers with an error ({text}). Try again later.") from error
-        if isinstance(error, ValueError):  # a file name that leaves the folder
-            raise CheckpointError(f"the hub's answer for {model} is refused: {text}") from error
+            raise CheckpointError(meaning.format(model=model, error=_printable(error))) from error
         if isinstance(error, OSError) and error.filename is not None:
             raise CheckpointError(
                 f"{error.filename} cannot be written ({error.strerror}) while fetching {model}. Choose another folder "
                 "with --to."
             ) from error
-        if "Consistency check failed" in text:
-            raise CheckpointError(f"a file of {model} did not arrive whole ({text}). Fetch it again.") from error
         cause = (error.__cause__ or error) if isinstance(client, _HuggingFace) else error
         raise _UnreachableError(
-            f"the hub cannot be reached ({type(cause).__name__}: {_printable(cause)}). Check the network and "
-            f"{client.settings}, or give a local folder."
+            f"the hub cannot be reached, or answers with an error ({type(cause).__name__}: {_printable(cause)}). Check "
+            f"the network and {client.settings}, try again later, or give a local folder."
         ) from error
 
 
@@ -211,20 +194,17 @@ def download(model: str, *, hub: str, to: Path | None, with_source: bool) -> Fet
         with _explained(client, model):
             revision, listed = client.listing(model)
     except _UnreachableError as error:
-        if to is not None:
-            here = to if fetched_with(to) else None
-        else:
-            here = find_cached(model) if hub == "huggingface" else None
-        if here is None:
+        whole = (to if fetched_with(to) else None) if to else find_cached(model) if hub == "huggingface" else None
+        if whole is None:
             raise CheckpointError(
                 f"{model} is not on this machine, or only in part, and {error} Once the hub answers, fetch it with: "
                 f"{command}; a model of data/configs can be built with weights='random'."
             ) from error
-        return FetchReport(model, here, (), frozenset(), time.perf_counter() - started)
+        return FetchReport(model, whole, (), frozenset(), time.perf_counter() - started)
     wanted = choose_files(model, listed, with_source=with_source)
     folder = to or client.folder(model, revision)
     if to is not None:
-        _claim(to, fetch_command(model, hub), {file.name for file in wanted})
+        _claim(to, fetch_command(model, hub, to), {file.name for file in wanted})
     missing = [file for file in wanted if _remove_damaged(folder / file.name, file)]
     _refuse_full_disk(model, folder, sum(file.size_bytes for file in missing))
     weights = [file for file in missing if file.name.endswith(".safetensors")]
@@ -274,7 +254,7 @@ def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = Fa
     """Of a hub's listing, the files that loading needs, in order of their names.
 
     Raises:
-        CheckpointError: none is there; a text file of a size that no checkpoint has.
+        CheckpointError: none is there, or one of a size that no checkpoint has.
 
     Example:
         >>> names = ["config.json", "model.safetensors", "pytorch_model.bin", "modeling_x.py", "onnx/model.json"]
@@ -282,19 +262,24 @@ def choose_files(model: str, files: Iterable[HubFile], *, with_source: bool = Fa
         ['config.json', 'model.safetensors']
     """
     patterns = (*NEEDED, *SOURCE) if with_source else NEEDED
-    # a name that cannot be printed could steer the terminal
-    wanted = [file for file in files if _is_wanted(file.name, patterns) and file.name.isprintable()]
+
+    def is_wanted(name: str) -> bool:  # * crosses slashes, as in the hubs' clients; what cannot be printed misleads
+        is_needed = any(fnmatch(name, pattern) for pattern in patterns) and name.isprintable()
+        return is_needed and not any(fnmatch(name, pattern) for pattern in NOT_NEEDED)
+
+    wanted = sorted((file for file in files if is_wanted(file.name)), key=lambda file: file.name)
     if not wanted:
         raise CheckpointError(
             f"{model} holds none of the files that loading needs ({', '.join(NEEDED)}). Check that it is a model."
         )
     for file in wanted:
-        if file.size_bytes > _LARGEST_TEXT_BYTES and not file.name.endswith(".safetensors"):
+        is_weights = file.name.endswith(".safetensors")
+        if file.size_bytes < 0 or (file.size_bytes > _LARGEST_TEXT_BYTES and not is_weights):
             raise CheckpointError(
-                f"{model} lists {file.name} with {format_bytes(file.size_bytes)}, far more than such a file needs. "
-                "Nothing was fetched. Use another copy of the model."
+                f"{model} lists {file.name} with {file.size_bytes:,} bytes, which no such file has. Nothing was "
+                "fetched. Use another copy of the model."
             )
-    return sorted(wanted, key=lambda file: file.name)
+    return wanted
 
 
 def fetch_command(model: str, hub: str = "huggingface", to: Path | None = None, with_source: bool = False) -> str:
@@ -311,20 +296,14 @@ def fetch_command(model: str, hub: str = "huggingface", to: Path | None = None, 
     return shlex.join(words)
 
 
-def _is_wanted(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a name fits a pattern and none of NOT_NEEDED; ``*`` crosses slashes, as in the hubs' clients."""
-    return any(fnmatch(name, pattern) for pattern in patterns) and not any(fnmatch(name, p) for p in NOT_NEEDED)
-
-
 def _remove_damaged(path: Path, file: HubFile) -> str:
     """Remove a file that differs from what the hub lists, and say how; "" where it does not."""
     if not path.is_file():
         return "did not come"
-    size_bytes = path.stat().st_size
-    if size_bytes != file.size_bytes:
+    if (size_bytes := path.stat().st_size) != file.size_bytes:
         damage = f"has {size_bytes} bytes, but the hub lists {file.size_bytes}"
     elif file.sha256 is not None and (sha256 := _sha256(path)) != file.sha256.lower():
-        damage = f"has the sha256 {sha256[:16]}…, but the hub lists {file.sha256[:16]}…"
+        damage = f"has the sha256 {sha256[:16]}…, but the hub lists {file.sha256[:16]!r}…"
     else:
         return ""
     if path.is_symlink() and path.resolve().parent.name == "blobs":  # Hugging Face's cache
@@ -364,15 +343,14 @@ def fetched_with(folder: Path) -> str:
 def _claim(to: Path, command: str, names: set[str]) -> None:
     """Make a folder this model's, unless something else or weights of another version are in it."""
     record = fetched_with(to)
-    if not record and to.exists() and (not to.is_dir() or any(to.iterdir())):
+    if record != command and to.is_dir() and any(to.iterdir()):
         raise CheckpointError(
-            f"{to} is {'not empty and was not fetched by glmlab' if to.is_dir() else 'a file'}. Choose a new folder."
+            f"{to} is not empty and was {f'fetched with {record!r}' if record else 'not fetched by glmlab'}. Choose "
+            "another folder."
         )
-    if record and not record.startswith(f"{command} --to "):
-        raise CheckpointError(f"{to} was fetched with '{record}'. Choose another folder.")
     try:
         to.mkdir(parents=True, exist_ok=True)
-        (to / RECORD).write_text(f"{command}\n", encoding="utf-8")
+        (to / RECORD).write_text(f"{command.partition(' --to ')[0]}\n", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{to} cannot be written ({error.strerror}). Choose another folder.") from error
     weights = [*to.glob("*.safetensors"), *to.glob("*.safetensors.index.json")]

@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1018370\n"
 LETTERS = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": "08"}}'
+OVERLAP = json.dumps({key: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for key in "ab"}).encode()
 
 
 @pytest.fixture
@@ -97,6 +98,7 @@ def _header(header: bytes, data: bytes = b"") -> bytes:
         ("model.safetensors", _header(b"not json.."), "is not a whole safetensors file: its header is broken"),
         ("model.safetensors", struct.pack("<Q", 2**60), "is not a whole safetensors file: its header is broken"),
         ("model.safetensors", _header(LETTERS, bytes(8)), "is not a whole safetensors file: its header is broken"),
+        ("model.safetensors", _header(OVERLAP, bytes(8)), "is not a whole safetensors file: its header is broken"),
         (INDEX, b'{"weight_map": {}}', "has no weight_map. Download it again"),
         (
             INDEX,
@@ -118,12 +120,9 @@ def test_a_damaged_file_is_named(checkpoint, file, content, message):
 def test_a_file_of_another_length_than_its_header_says_is_named(checkpoint):
     file = checkpoint / "model.safetensors"
     content = file.read_bytes()
-    for changed, message in (
-        (content[:-100], r"is truncated: it has \d+ bytes, its header"),
-        (content + b"more", "long"),
-    ):
+    for changed in (content[:-100], content + b"more"):
         file.write_bytes(changed)
-        with pytest.raises(CheckpointError, match=message):
+        with pytest.raises(CheckpointError, match="is not a whole safetensors file: its length is not what its header"):
             check_checkpoint(checkpoint)
 
 

@@ -165,7 +165,7 @@ class TestResume:
         monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_RETRY_TIMES", 0)
         hub.cut_after_bytes[SHARDS[0]] = cut = len(hub.files[SHARDS[0]]) // 2
         with pytest.raises(
-            CheckpointError, match=rf"{MODEL} came only in part \(.* 1 of 2 .*{SHARDS[0]}.* Fetch again"
+            CheckpointError, match=rf"{MODEL} came only in part: .* 1 of 2 .*{SHARDS[0]}.* Complete it with: glmlab"
         ):
             fetch(MODEL, hub="modelscope", to=here / "to")
         fetch(MODEL, hub="modelscope", to=here / "to")
@@ -189,7 +189,7 @@ class TestResume:
 
     def test_a_half_download_in_the_cache_is_named_offline_and_completed(self, hub, here, monkeypatch):
         hub.status[SHARDS[1]] = 500
-        came = rf"{MODEL} came only in part: the hub answers with an error \(.*500.*Complete it with: glmlab fetch"
+        came = rf"{MODEL} came only in part: the hub .* answers with an error \(.*500.*Complete it with: glmlab fetch"
         with pytest.raises(CheckpointError, match=came):
             fetch(MODEL)
         with monkeypatch.context() as patched:
@@ -209,7 +209,7 @@ class TestResume:
             find_checkpoint(str(here / "to"))
         shard = (fetch(MODEL).folder / SHARDS[0]).resolve()
         shard.write_bytes(shard.read_bytes()[:-5])
-        with pytest.raises(CheckpointError, match=rf"is truncated: .* This does: glmlab fetch {MODEL}$"):
+        with pytest.raises(CheckpointError, match=rf"its length is not .* This does: glmlab fetch {MODEL}$"):
             find_checkpoint(MODEL)
 
 
@@ -250,9 +250,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ({"path": INDEX, "size": 2**40}, f"lists {INDEX} with 1024.00 GiB, far more than such a file needs"),
+            ({"path": INDEX, "size": 2**40}, f"lists {INDEX} with 1,099,511,627,776 bytes, which no such"),
             ({"path": SHARDS[0], "size": 2**60}, r"needs .* GiB more on disk, but .* free. Nothing was fetched"),
-            ({"path": SHARDS[0], "size": -1}, "size -1 and sha256 None, which no file has"),
+            ({"path": SHARDS[0], "size": -1}, f"lists {SHARDS[0]} with -1 bytes, which no such file has"),
         ],
     )
     def test_sizes_that_cannot_be_are_refused_before_anything_comes(self, hub, here, source, line, message):
@@ -260,12 +260,6 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=message):
             fetch(MODEL, hub=source)
         assert hub.requests == []
-
-    def test_a_hash_that_is_none_is_refused(self, hub, here):
-        lfs = {"oid": "../../x", "size": 5, "pointerSize": 134}
-        hub.listed[SHARDS[0]] = {"type": "file", "path": SHARDS[0], "size": 5, "oid": "0" * 40, "lfs": lfs}
-        with pytest.raises(CheckpointError, match=r"sha256 ../../x, which no file has"):
-            fetch(MODEL)
 
     def test_a_repository_without_a_model_is_refused(self, hub, here):
         hub.files = {"README.md": b"hello"}
@@ -301,9 +295,7 @@ class TestRefusals:
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)  # else it waits 7 s
-        message = (
-            rf"{MODEL} is not on this machine, .*and the hub cannot be reached \(.*Check the network and {settings}, or"
-        )
+        message = rf"{MODEL} is not on this machine, .*hub cannot be reached, .*Check the network and {settings}, try"
         with pytest.raises(CheckpointError, match=message):
             fetch(MODEL, hub=source)
 
@@ -325,8 +317,8 @@ class TestFolder:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("", "is not empty and was not fetched by glmlab. Choose a new folder"),
-            ("config.json", "is a file. Choose a new folder"),
+            ("", "is not empty and was not fetched by glmlab. Choose another folder"),
+            ("config.json", r"cannot be written \(File exists\). Choose another folder"),
             ("config.json/below", r"cannot be written \(.*\). Choose another folder"),
         ],
     )
