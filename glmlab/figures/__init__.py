@@ -18,7 +18,6 @@ from glmlab.figures.memory import (
     component_chart,
     curves_table,
     memory_curve,
-    memory_vs_context,
     pool_map,
     segments_table,
 )
@@ -46,7 +45,6 @@ __all__ = [
     "latency_curve",
     "lens_heatmap",
     "memory_curve",
-    "memory_vs_context",
     "module_tree_figure",
     "polling_chart",
     "pool_map",

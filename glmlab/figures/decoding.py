@@ -1,7 +1,5 @@
 """One decode step in pictures: all steps of a run, the candidates after each processor and warper, the logit lens."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,32 +7,20 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from glmlab.core.units import MIB
+from glmlab.figures.labels import AreaLook, End, area, ink_on, label_ends, legend_of_areas, msg, printable, tr, tr_label
 from glmlab.figures.saving import draws
-from glmlab.figures.style import (
-    COLORS,
-    PLAIN_NUMBERS,
-    Look,
-    SuiteFigure,
-    current_settings,
-    drawing,
-    ink_on,
-    pt,
-    text_width_in,
-)
-from glmlab.figures.translations import msg, printable, tr, tr_label
+from glmlab.figures.style import COLORS, PLAIN_NUMBERS, Look, SuiteFigure, current_settings, drawing, pt, text_width_in
 
 _WIDTH_IN = 6.3
-_STEPS_AN_INCH = 7.6  # more tokens than these cannot be read side by side
-_PANEL_IN = 1.0  # least width of a panel of candidates
-_CELL_PT = 8.0
-_LEAST_WIDTH_BESIDE_IN = 4.5  # below, the scale of colours stands under the map
-_ACTS = {
-    "forward_ms": (msg("1 forward pass"), COLORS["allocated"], ""),
-    "choose_ms": (msg("2 choose"), COLORS["kv copies"], "////"),
-    "stop_check_ms": (msg("4 stop check"), COLORS["inactive large"], "...."),
+_ACTS: dict[str, tuple[str, AreaLook]] = {
+    "forward_ms": (msg("1 forward pass"), (COLORS["allocated"], "")),
+    "choose_ms": (msg("2 choose"), (COLORS["kv copies"], "////")),
+    "stop_check_ms": (msg("4 stop check"), (COLORS["inactive large"], "....")),
 }
-_STAGE_COLORS = [COLORS[name] for name in ("used", "inactive large", "allocated", "kv copies", "activations", "kv")]
+_STAGE_LOOKS = [(COLORS["used"], "-"), (COLORS["allocated"], "--"), (COLORS["kv"], "-."), (COLORS["activations"], ":")]
 _CHOSEN = COLORS["kv"]
+_PANEL_IN = 1.1  # least width of a panel of candidates
+_MOST_CANDIDATES = 8
 
 
 @draws(
@@ -42,7 +28,9 @@ _CHOSEN = COLORS["kv"]
     empty="no steps to draw: generate at least one token.",
 )
 def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
-    """Draw a ``steps_table`` side by side: tokens, surprisal, surviving candidates, the cache, the time of the acts.
+    """Draw a ``steps_table`` side by side: surprisal, surviving candidates, the cache, the time of the acts.
+
+    Tokens that were not expected stand at their bars.
 
     Example:
         >>> steps = pd.DataFrame({"text": ["Hi", "!"], "surprisal_bits": [0.1, 2.0], "kv_bytes": [4096, 5120],
@@ -50,30 +38,27 @@ def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
         >>> [axes.get_ylabel() for axes in decode_strip(steps).axes]
         ['surprisal\\n(bits)', 'surviving\\ncandidates', 'KV cache\\n(MiB)', 'time of act\\n(ms)']
     """
-    x = np.arange(len(steps))
-    cache_mib, acts_ms = steps["kv_bytes"] / MIB, steps[list(_ACTS)]
-    with drawing(_WIDTH_IN, 5.4, axes_axisbelow=True) as figure:
-        surprisal, survivors, cache, acts = figure.subplots(4, 1, sharex=True, height_ratios=(2, 2, 1.5, 2))
+    x, cache_mib, acts_ms = np.arange(len(steps)), steps["kv_bytes"] / MIB, steps[list(_ACTS)]
+    with drawing(_WIDTH_IN, 5.2, axes_axisbelow=True, axes_grid_axis="y") as figure:
+        surprisal, survivors, cache, acts = figure.subplots(4, 1, sharex=True, height_ratios=(2, 2, 1, 2))
         surprisal.bar(x, steps["surprisal_bits"], color=COLORS["used"], width=0.7)
+        surprisal.plot(x, steps["surprisal_bits"], "o", color=COLORS["used"], markersize=pt(1.8))
         surprisal.set_ylabel(tr("surprisal\n(bits)"))
-        surprisal.set_ylim(0, max(1.0, steps["surprisal_bits"].max() * 1.1))
-        _draw_survivors(figure, survivors, steps)
+        surprisal.set_ylim(0, max(1.0, steps["surprisal_bits"].max() * 1.25))
         cache.bar(x, cache_mib, color=COLORS["kv"], width=0.7)
         cache.set_ylabel(tr("KV cache\n(MiB)"))
         below = np.zeros(len(steps))
-        for column, (label, color, hatch) in _ACTS.items():
-            acts.bar(x, steps[column], bottom=below, color=color, hatch=hatch, width=0.7, label=tr(label))
+        for column, (_, look) in _ACTS.items():
+            acts.bar(x, steps[column], bottom=below, width=0.7, **area(look) | {"linewidth": 0})
             below = below + steps[column].to_numpy(float)
         acts.set_ylabel(tr("time of act\n(ms)"))
-        _legend_inside(figure, acts)
-        acts.set_ylim(0, below.max() * 1.1)
-        for axes in figure.axes:
-            axes.grid(visible=False, axis="x")
-        if len(steps) <= _STEPS_AN_INCH * current_settings().layout_width_in(_WIDTH_IN):
-            acts.set_xticks(x, [printable(text) for text in steps["text"]], rotation=90, fontsize=pt(7))
-            acts.set_xlabel(tr("token chosen by each step (the first step is the prefill)"))
-        else:
-            acts.set_xlabel(tr("step (0 is the prefill)"))
+        acts.set_xlabel(tr("step (0 is the prefill)"))
+        acts.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        means = [f"{tr(name)}: {acts_ms[column].mean():.2f} ms"
+                 for column, (name, _) in _ACTS.items()]  # fmt: skip
+        legend_of_areas(figure, dict(zip(means, (look for _, look in _ACTS.values()), strict=True)))
+        _draw_survivors(figure, survivors, steps)
+        _name_surprising(figure, surprisal, steps)
     hardest = steps.iloc[int(steps["surprisal_bits"].argmax())]
     figure.alt_text = tr(
         "{count} decode steps. Tokens in order: {tokens}. Most surprising: {hardest} with {bits:.1f} bits. The cache "
@@ -89,29 +74,40 @@ def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
 
 
 def _draw_survivors(figure: SuiteFigure, axes: Axes, steps: pd.DataFrame) -> None:
-    columns = [column for column in steps.columns if column.startswith("survivors: ")]
-    size = pt(6.5)
-    for column, color, marker in zip(columns, _STAGE_COLORS * len(columns), "os^Dvp" * len(columns), strict=False):
-        look: Look = {"marker": marker, "markersize": size, "color": color, "mfc": "none"}
-        label = tr_label(column.removeprefix("survivors: "))
-        axes.plot(np.arange(len(steps)), steps[column], linestyle="none", label=label, **look)
-        size -= pt(0.9)  # one that lies on another shows inside it
+    """A line a stage; stages that cut nothing share the line of the one before them."""
+    lines: list[tuple[list[str], list[int]]] = []
+    for column in (column for column in steps.columns if column.startswith("survivors: ")):
+        name, left = tr_label(column.removeprefix("survivors: ")), steps[column].tolist()
+        if lines and left == lines[-1][1]:
+            lines[-1][0].append(name)
+        else:
+            lines.append(([name], left))
+    ends: list[End] = []
+    for (names, left), (color, style) in zip(lines, _STAGE_LOOKS * len(lines), strict=False):
+        look: Look = {"color": color, "linestyle": style, "marker": "o", "markersize": pt(2), "linewidth": pt(1)}
+        axes.plot(np.arange(len(steps)), left, drawstyle="steps-mid", **look)
+        ends.append((len(steps) - 1, left[-1], ", ".join(names), color))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(PLAIN_NUMBERS)
-    axes.set_ylim(0.7, float(steps[columns].to_numpy(float).max(initial=1.0)) * 3)
+    axes.set_ylim(0.7, max([1, *(max(left) for _, left in lines)]) * 3)
     axes.set_ylabel(tr("surviving\ncandidates"))
-    _legend_inside(figure, axes, handletextpad=0, columnspacing=0.6)
+    if ends:
+        label_ends(figure, axes, ends)
 
 
-def _legend_inside(figure: SuiteFigure, axes: Axes, **place: Any) -> None:
-    """A legend on one line above the panel, on two where the figure is narrow."""
-    labels = axes.get_legend_handles_labels()[1]
-    points = pt(7)
-    taken_in = sum(text_width_in(label, points) + 3.5 * points / 72 for label in labels)
-    lines = int(np.ceil(taken_in / (figure.get_figwidth() - pt(36) / 72)))
-    if labels:
-        columns = -(-len(labels) // lines)
-        axes.legend(ncols=columns, fontsize=points, loc="lower right", bbox_to_anchor=(1, 0.95), **place)
+def _name_surprising(figure: SuiteFigure, axes: Axes, steps: pd.DataFrame) -> None:
+    """Write tokens of 0.1 bits and more over their bars, the most surprising first, where they touch nothing."""
+    figure.draw_without_rendering()
+    taken = [bar.get_window_extent() for bar in axes.patches]
+    bits = steps["surprisal_bits"].reset_index(drop=True)
+    for x in bits[bits >= 0.1].sort_values(ascending=False).index:
+        text = axes.annotate(
+            printable(steps["text"].iloc[x]), (x, bits[x]), (0, pt(2)), textcoords="offset points", ha="center",
+            va="bottom", fontsize=pt(7),
+        )  # fmt: skip
+        box = text.get_window_extent()
+        text.set_visible(not any(box.overlaps(other) for other in taken) and box.x0 > axes.bbox.x0)
+        taken += [box] if text.get_visible() else []
 
 
 @draws(
@@ -121,7 +117,7 @@ def _legend_inside(figure: SuiteFigure, axes: Axes, **place: Any) -> None:
 def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
     """Draw a ``candidates_table``: the best candidates before and after each processor and warper, one panel a stage.
 
-    A token has the same row everywhere; a cross is a candidate that was cut, the chosen token is orange.
+    A token has the same row everywhere, with its probability or "cut"; the chosen token is orange.
 
     Example:
         >>> table = pd.DataFrame({"stage": ["logits"] * 2, "survivors": [96] * 2, "rank": [1, 2], "token_id": [5, 7],
@@ -129,31 +125,25 @@ def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
         >>> candidates_chart(table).axes[0].get_title()
         'logits\\n96 survive'
     """
-    rows = candidates.drop_duplicates("token_id").reset_index(drop=True)  # in the order of the raw logits
     stages = {str(stage): here for stage, here in candidates.groupby("stage", sort=False)}
+    *_, last = stages.values()
+    wanted = {*last["token_id"][:_MOST_CANDIDATES], *candidates.loc[candidates["chosen"], "token_id"]}
+    wanted |= set(candidates["token_id"][: max(2, _MOST_CANDIDATES - len(wanted))])
+    rows = candidates[candidates["token_id"].isin(wanted)].drop_duplicates("token_id").reset_index(drop=True)
     columns = min(len(stages), int(current_settings().layout_width_in(_WIDTH_IN) / _PANEL_IN))
     lines = -(-len(stages) // columns)
-    colors = [_CHOSEN if chosen else COLORS["allocated"] for chosen in rows["chosen"]]
-    hatches = ["////" if chosen else "" for chosen in rows["chosen"]]
-    with drawing(_WIDTH_IN, (0.9 + 0.2 * len(rows)) * lines, axes_axisbelow=True) as figure:
+    with drawing(_WIDTH_IN, (0.8 + 0.2 * len(rows)) * lines, axes_grid=False) as figure:
         panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for unused in panels[len(stages) :]:
             unused.remove()
         for axes, (stage, here) in zip(panels, stages.items(), strict=False):
-            probability = here.set_index("token_id")["probability"].reindex(rows["token_id"]).to_numpy(float)
-            axes.barh(rows.index, np.nan_to_num(probability), color=colors, hatch=hatches, height=0.7)
-            cut = np.flatnonzero(~(probability > 0))
-            cross: Look = {"linestyle": "none", "marker": "x", "markersize": pt(4)}
-            axes.plot(np.full(len(cut), 0.02), cut, color=COLORS["reserved"], **cross)
+            _draw_candidates(axes, rows, here)
             surviving = tr("{count:,} survive", count=here["survivors"].iloc[0])
             axes.set_title(f"{tr_label(stage)}\n{surviving}")
-            axes.grid(visible=False, axis="y")
         panels[0].set_yticks(rows.index, [printable(text) for text in rows["text"]])
         panels[0].invert_yaxis()
-        panels[0].xaxis.set_major_locator(MaxNLocator(3))
-        panels[0].set_xlim(0, min(1.0, candidates["probability"].max() * 1.08))
-        note = tr("probability of the candidate (cross: cut, or no longer among the best)")
-        figure.supxlabel(note, fontsize=pt(9))
+        panels[0].set(xticks=[], xlim=(0, candidates["probability"].max() * 1.8))
+        figure.supxlabel(tr("probability of the candidate; orange: chosen"), fontsize=pt(9))
     figure.alt_text = tr("Candidates for the next token. ") + " ".join(
         tr("After {stage}: {best}.", stage=tr_label(stage), best=_in_words(here)) for stage, here in stages.items()
     )
@@ -162,6 +152,22 @@ def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
         "in every panel; the hatched orange bar is the token that was chosen."
     )
     return figure
+
+
+def _draw_candidates(axes: Axes, rows: pd.DataFrame, here: pd.DataFrame) -> None:
+    """Bars of one stage with their percentages; what is not in its table was cut, or is less likely than all in it."""
+    probability = here.set_index("token_id")["probability"].reindex(rows["token_id"]).fillna(0.0)
+    is_whole = len(here) >= here["survivors"].iloc[0]
+    absent = tr("cut") if is_whole else f"<{_percent(here['probability'].min())}"
+    for row, (p, chosen) in enumerate(zip(probability, rows["chosen"], strict=True)):
+        axes.barh(row, p, height=0.7, **area((_CHOSEN, "////") if chosen else (COLORS["allocated"], "")))
+        axes.annotate(_percent(p) if p > 0 else absent, (p, row), (pt(2), 0), textcoords="offset points", va="center",
+                      fontsize=pt(7), color="#000000" if p > 0 else COLORS["reserved"])  # fmt: skip
+    axes.tick_params(left=False)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.0995 else f"{share:.1%}"
 
 
 def _in_words(stage: pd.DataFrame) -> str:
@@ -182,33 +188,30 @@ def lens_heatmap(lens: pd.DataFrame) -> SuiteFigure:
         >>> lens = pd.DataFrame({"layer": [0, 1], "name": ["embeddings", "layer 1"], "normed": [False, True],
         ...     "rank": [1, 1], "text": ["a", "b"], "probability": [0.1, 0.9], "chosen": [False, True]})
         >>> [label.get_text() for label in lens_heatmap(lens).axes[0].get_yticklabels()]
-        ['embeddings', 'layer 1 (normed)']
+        ['embeddings', 'layer 1: output']
     """
     probability = lens.pivot(index="layer", columns="rank", values="probability").to_numpy(float)
     layers = lens.drop_duplicates("layer")
-    width_in = current_settings().layout_width_in(_WIDTH_IN)
-    beside = width_in >= _LEAST_WIDTH_BESIDE_IN
-    n_layers, n_ranks = (
-        len(layers),
-        min(probability.shape[1], _readable_ranks(lens, width_in - (2.2 if beside else 1.4))),
-    )
-    with drawing(_WIDTH_IN, 1.1 + 0.32 * n_layers if beside else 2.4 + 0.45 * n_layers, axes_grid=False) as figure:
+    widest_in = max(text_width_in(printable(text), 8) for text in lens["text"]) + 0.08
+    fitting = int((current_settings().layout_width_in(_WIDTH_IN) - 1.2) / widest_in)
+    n_ranks = max(1, min(probability.shape[1], fitting))
+    with drawing(_WIDTH_IN, 0.7 + 0.36 * len(layers), axes_grid=False) as figure:
         axes = figure.subplots()
         image = axes.imshow(probability[:, :n_ranks], cmap="Blues", vmin=0, vmax=1, aspect="auto", origin="lower")
-        for line in lens[lens["rank"] <= n_ranks].to_dict("records"):
-            x, y = line["rank"] - 1, line["layer"]
-            ink = ink_on(image.cmap(float(line["probability"])))
-            axes.text(x, y, printable(line["text"]), ha="center", va="center", fontsize=pt(_CELL_PT), color=ink)
-            if line["chosen"]:
+        for cell in lens[lens["rank"] <= n_ranks].to_dict("records"):
+            x, y = cell["rank"] - 1, cell["layer"]
+            text = f"{printable(cell['text'])}\n{_percent(cell['probability'])}"
+            ink = ink_on(image.cmap(float(cell["probability"])))
+            axes.text(x, y, text, ha="center", va="center", fontsize=pt(7.5), color=ink)
+            if cell["chosen"]:
                 frame: Look = {"fill": False, "edgecolor": _CHOSEN, "linewidth": pt(1.8)}
-                axes.add_patch(Rectangle((x - 0.47, y - 0.44), 0.94, 0.88, **frame))
+                axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **frame))
         names = [_layer_name(name) for name in layers["name"]]
-        labels = [tr("{layer} (normed)", layer=name) if normed else name
+        labels = [tr("{layer}: output", layer=name) if normed else name
                   for name, normed in zip(names, layers["normed"], strict=True)]  # fmt: skip
-        axes.set_yticks(range(n_layers), labels)
+        axes.set_yticks(range(len(layers)), labels)
         axes.set_xticks(range(n_ranks), [str(rank) for rank in range(1, n_ranks + 1)])
         axes.set_xlabel(tr("rank of the candidate after this layer (orange frame: the token that was chosen)"))
-        figure.colorbar(image, ax=axes, label=tr("probability"), location="right" if beside else "bottom")
     best = lens[lens["rank"] == 1]
     figure.alt_text = tr("Best token after each layer: ") + ", ".join(
         f"{_layer_name(name)} {text} {p:.0%}"
@@ -225,9 +228,3 @@ def _layer_name(name: str) -> str:
     """Name of a layer in the language of the figure."""
     word, _, number = name.partition(" ")
     return tr("layer {number}", number=number) if word == "layer" else tr_label(name)
-
-
-def _readable_ranks(lens: pd.DataFrame, room_in: float) -> int:
-    """How many candidates of a layer fit side by side, at least the best one."""
-    widest_in = max(text_width_in(printable(text), _CELL_PT) for text in lens["text"])
-    return max(1, int(room_in / (widest_in + 0.04)))

@@ -10,10 +10,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from glmlab.core.units import MIB
+from glmlab.figures.labels import (
+    AreaLook,
+    End,
+    area,
+    ink_on,
+    label_ends,
+    legend_of_areas,
+    msg,
+    name_bars,
+    stack_bars,
+    tr,
+    tr_label,
+    write_ends,
+)
 from glmlab.figures.saving import Arguments, draws
 from glmlab.figures.style import (
     COLORS,
@@ -24,13 +37,8 @@ from glmlab.figures.style import (
     Look,
     SuiteFigure,
     drawing,
-    ink_on,
-    legend_below,
-    most_ticks,
     pt,
-    wrapped,
 )
-from glmlab.figures.translations import msg, tr, tr_label
 
 _SERIES_LOOKS = (
     (COLORS["allocated"], "o"),
@@ -40,7 +48,7 @@ _SERIES_LOOKS = (
     (COLORS["used"], "v"),
     (COLORS["kv copies"], "p"),
 )
-TIME_LOOKS = {
+TIME_LOOKS: dict[str, AreaLook] = {
     msg("weights"): (COLORS["weights"], ""),
     msg("attention"): (COLORS["kv"], HATCHES["kv"]),
     msg("head"): (COLORS["allocated"], HATCHES["kv copies"]),
@@ -51,13 +59,13 @@ TIME_LOOKS = {
 }
 """Colour and pattern of every part of a token's time."""
 
-_KIND_LOOKS = {  # kind of a row of an account -> colour, hatch
+_KIND_LOOKS: dict[str, AreaLook] = {  # of a row of an account
     msg("floor"): (COLORS["allocated"], "////"),
     msg("estimated"): (COLORS["inactive small"], "...."),
     msg("measured here"): (COLORS["kv"], ""),
     "unexplained": (COLORS["unexplained"], ""),
 }
-PRECISION_LOOKS = {
+PRECISION_LOOKS: dict[str, AreaLook] = {
     msg("MLP"): (COLORS["MLP"], ""),
     "attention": (COLORS["attention"], ""),
     msg("embedding"): (COLORS["embedding"], ""),
@@ -97,25 +105,25 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         >>> [axes.get_ylabel() for axes in latency_curve(table).axes]
         ['time of a token (ms)', 'times the floor']
     """
-    table = table.reset_index(drop=True)
-    ratio = table["token_ms"] / table["floor_ms"]
-    with drawing(6.3, 5.6) as figure:
+    table = table.reset_index(drop=True).assign(times=table["token_ms"].to_numpy() / table["floor_ms"].to_numpy())
+    with drawing(6.3, 5.2) as figure:
         above, below = figure.subplots(2, 1, sharex=True)
-        series = _draw_series(above, table, by, "context_tokens", "token_ms")
+        series = _series(table, by)
         for index, (_, color, marker, rows) in enumerate(series):
+            _draw_medians(above, rows, "context_tokens", "token_ms", color, marker)
             floor: Look = {"linewidth": pt(0.8 + 0.9 * index), "zorder": 2 - index / 10}
             above.plot(rows["context_tokens"], rows["floor_ms"], color=color, **floor)
-            times = rows["token_ms"] / rows["floor_ms"]
-            below.plot(rows["context_tokens"], times, color=color, marker=marker, linestyle=":", ms=pt(5))
+            below.plot(rows["context_tokens"], rows["times"], color=color, marker=marker, linestyle=":", ms=pt(5))
         below.axhline(1, color=COLORS["used"])
         above.set_ylabel(tr("time of a token (ms)"))
         below.set_ylabel(tr("times the floor"))
         below.set_xlabel(tr("context length (tokens)"))
         for axes in (above, below):
             _logarithmic(axes)
-        handles, labels = above.get_legend_handles_labels()
-        (floor_line,) = above.plot([], [], color=COLORS["reserved"])
-        legend_below(figure, [*handles, floor_line], [*labels, tr("floor (computed)")], ncols=5)
+        floors = [(rows["context_tokens"].iloc[-1], rows["floor_ms"].iloc[-1], tr("{name}, floor", name=name), color)
+                  for name, color, _, rows in series]  # fmt: skip
+        label_ends(figure, above, [*_ends(series, "context_tokens", "token_ms"), *floors])
+        label_ends(figure, below, _ends(series, "context_tokens", "times"))
     words = [
         tr("{name}: {ms:.2f} ms at {tokens:,} tokens", name=name, ms=rows["token_ms"].iloc[0],
            tokens=rows["context_tokens"].iloc[0])
@@ -124,7 +132,7 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
     figure.alt_text = tr(
         "Time of a token against context length. {series}. The measured times are {least:.3g} to {most:.3g} times the "
         "floor.",
-        series="; ".join(words), least=ratio.min(), most=ratio.max(),
+        series="; ".join(words), least=table["times"].min(), most=table["times"].max(),
     )  # fmt: skip
     figure.caption = tr(
         "Time of a token against the length of the context. Above, marks are medians with whiskers from the 10th to "
@@ -145,17 +153,19 @@ def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         table: rows of ``measure_first_token`` with a column that names the series.
         by: that column.
     """
-    with drawing(6.3, 3.6) as figure:
+    with drawing(6.3, 3.2) as figure:
         axes = figure.subplots()
-        series = _draw_series(axes, table, by, "prompt_tokens", "first_token_ms")
+        series = _series(table, by)
+        for _, color, marker, rows in series:
+            _draw_medians(axes, rows, "prompt_tokens", "first_token_ms", color, marker)
         lengths = np.array([table["prompt_tokens"].min(), table["prompt_tokens"].max()], float)
-        start = table["first_token_ms"].iloc[int(table["prompt_tokens"].argmin())]
-        look: Look = {"color": GRID_COLOR, "linestyle": "--", "zorder": 0}
-        axes.plot(lengths, start * lengths / lengths[0], label=tr("in proportion"), **look)
+        proportional = table["first_token_ms"].iloc[int(table["prompt_tokens"].argmin())] * lengths / lengths[0]
+        axes.plot(lengths, proportional, color=GRID_COLOR, linestyle="--", zorder=0)
         axes.set_xlabel(tr("prompt (tokens)"))
         axes.set_ylabel(tr("time to the first token (ms)"))
         _logarithmic(axes)
-        legend_below(figure, *axes.get_legend_handles_labels(), ncols=5)
+        dashed: End = (lengths[1], proportional[1], tr("in proportion"), GRID_COLOR)
+        label_ends(figure, axes, [*_ends(series, "prompt_tokens", "first_token_ms"), dashed])
     words = [
         tr("{name}: {ms:.0f} ms for {tokens:,.0f} tokens", name=name, ms=rows["first_token_ms"].iloc[-1],
            tokens=rows["prompt_tokens"].iloc[-1])
@@ -171,16 +181,23 @@ def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
     return figure
 
 
-def _draw_series(axes: Axes, table: pd.DataFrame, by: str, x: str, y: str) -> list[tuple[str, str, str, pd.DataFrame]]:
-    """Dots of the medians with whiskers from p10 to p90; returns name, colour, mark and rows of every series."""
-    series = []
-    for index, (name, rows) in enumerate(table.reset_index(drop=True).groupby(by, sort=False)):
-        color, marker = _SERIES_LOOKS[index % len(_SERIES_LOOKS)]
-        whiskers = [rows[y] - rows["p10_ms"], rows["p90_ms"] - rows[y]]
-        look: Look = {"color": color, "markersize": pt(5), "elinewidth": pt(0.8)}
-        axes.errorbar(rows[x], rows[y], yerr=whiskers, fmt=marker, label=tr_label(str(name)), **look)
-        series.append((tr_label(str(name)), color, marker, rows))
-    return series
+_Series = Sequence[tuple[str, str, str, pd.DataFrame]]
+"""Name, colour, mark and rows of every series."""
+
+
+def _series(table: pd.DataFrame, by: str) -> _Series:
+    groups = enumerate(table.reset_index(drop=True).groupby(by, sort=False))
+    return [(tr_label(str(name)), *_SERIES_LOOKS[i % len(_SERIES_LOOKS)], rows) for i, (name, rows) in groups]
+
+
+def _draw_medians(axes: Axes, rows: pd.DataFrame, x: str, y: str, color: str, marker: str) -> None:
+    """Dots of the medians with whiskers from p10 to p90."""
+    whiskers = [rows[y] - rows["p10_ms"], rows["p90_ms"] - rows[y]]
+    axes.errorbar(rows[x], rows[y], yerr=whiskers, fmt=marker, color=color, markersize=pt(5), elinewidth=pt(0.8))
+
+
+def _ends(series: _Series, x: str, y: str) -> list[End]:
+    return [(rows[x].iloc[-1], rows[y].iloc[-1], name, color) for name, color, _, rows in series]
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -209,22 +226,19 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         by: that column.
     """
     _check_looks("part", table["part"], TIME_LOOKS)
-    series = {tr_label(str(name)): rows for name, rows in table.groupby(by, sort=False)}
-    totals = {name: rows["ms"].sum() for name, rows in series.items()}
-    with drawing(6.3, 1.4 + 0.5 * len(series), axes_grid_axis="x", axes_axisbelow=True) as figure:
+    stacked = table.groupby([by, "part"], sort=False)["ms"].sum().unstack(fill_value=0)
+    stacked.index = stacked.index.map(lambda name: tr_label(str(name)))
+    totals = stacked.sum(axis=1)
+    with drawing(6.3, 1.4 + 0.5 * len(stacked), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        for row, parts in enumerate(series.values()):
-            starts = parts["ms"].cumsum() - parts["ms"]
-            for part, ms, left in zip(parts["part"], parts["ms"], starts, strict=True):
-                axes.barh(row, ms, left=left, height=0.6, **_bar_look(TIME_LOOKS[part]))
+        stack_bars(axes, stacked, TIME_LOOKS, list(stacked.index))
         axes.set_xlabel(tr("time of one token (ms)"))
-        _name_bars(axes, list(series))
-        _legend_of_looks(figure, TIME_LOOKS)
-        _write_ends(figure, axes, list(totals.values()), [f" {ms:.2f} ms" for ms in totals.values()])
+        legend_of_areas(figure, {tr(part): look for part, look in TIME_LOOKS.items()})
+        write_ends(figure, axes, list(totals), [f"{ms:.2f} ms" for ms in totals])
     words = []
-    for name, rows in series.items():
-        shares = [f"{tr(part)} {ms / totals[name]:.0%}" for part, ms in zip(rows["part"], rows["ms"], strict=True)]
-        words.append(tr("{name}: {ms:.2f} ms, of which {shares}", name=name, ms=totals[name], shares=", ".join(shares)))
+    for name, total, shares in zip(totals.index, totals, stacked.div(totals, axis=0).to_dict("records"), strict=True):
+        told = ", ".join(f"{tr(str(part))} {share:.0%}" for part, share in shares.items())
+        words.append(tr("{name}: {ms:.2f} ms, of which {shares}", name=name, ms=total, shares=told))
     figure.alt_text = tr("Where the time of one token goes. {series}.", series="; ".join(words))
     figure.caption = tr(
         "Where the time of one token goes. Operations are counted by layer; between them lie Python and the launching"
@@ -235,59 +249,62 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
 
 @draws({"way": str, "poll_ms": float, "answers": bool}, empty="no rows to draw: measure something first.")
 def polling_chart(table: pd.DataFrame) -> SuiteFigure:
-    """Draw what it costs to read the memory in use (``measure_polling``); a way that got no answer is drawn hollow."""
-    looks: dict[bool, Look] = {answers: {"facecolor": COLORS["kv"] if answers else "white", "edgecolor": COLORS["kv"]}
-             for answers in sorted({bool(answers) for answers in table["answers"]}, reverse=True)}  # fmt: skip
-    times_ms = table["poll_ms"].tolist()
-    with drawing(6.3, 1.2 + 0.45 * len(table), axes_grid_axis="x", axes_axisbelow=True) as figure:
+    """Draw what it costs to read the memory in use (``measure_polling``): a dot where the driver answered.
+
+    Elsewhere a grey arrow points from the time after which the call failed: it costs more than that.
+    """
+    times_ms, answers = table["poll_ms"].tolist(), [bool(answer) for answer in table["answers"]]
+    with drawing(6.3, 0.8 + 0.45 * len(table), axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        for row, (ms, answers) in enumerate(zip(times_ms, table["answers"], strict=True)):
-            axes.barh(row, ms, height=0.55, **looks[bool(answers)])
+        for row, (ms, answered) in enumerate(zip(times_ms, answers, strict=True)):
+            color, marker = (COLORS["kv"], "o") if answered else (COLORS["reserved"], ">")
+            axes.plot([ms], [row], marker=marker, color=color, markersize=pt(7), linestyle="none")
         axes.set_xscale("log")
-        axes.set_xlim(min(times_ms) / 5, max(times_ms))
-        axes.xaxis.set_major_locator(LogLocator(numticks=most_ticks(figure)))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlim(min(times_ms) / 3, max(times_ms) * 3)
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(tr("time of one reading (ms)"))
-        _name_bars(axes, [wrapped(tr_label(way), 0.38 * figure.get_figwidth(), pt(9)) for way in table["way"]])
-        names = [tr("answered") if answers else tr("no answer: no driver there") for answers in looks]
-        legend_below(figure, [Patch(**look) for look in looks.values()], names, ncols=2)
-        _write_ends(figure, axes, times_ms, [f" {ms:,.3g} ms" for ms in times_ms])
-    words = [
-        tr("{name}: {ms:,.3g} ms", name=tr_label(way), ms=ms) if answers
-        else tr("{name}: {ms:,.3g} ms, no driver", name=tr_label(way), ms=ms)
-        for way, ms, answers in zip(table["way"], times_ms, table["answers"], strict=True)
-    ]  # fmt: skip
-    figure.alt_text = tr("What one reading of the memory costs. {series}.", series="; ".join(words))
+        words = [tr("{ms:,.3g} ms", ms=ms) if answered else tr("> {ms:,.3g} ms (no driver)", ms=ms)
+                 for ms, answered in zip(times_ms, answers, strict=True)]  # fmt: skip
+        name_bars(axes, [f"{tr_label(way)}\n{word}" for way, word in zip(table["way"], words, strict=True)])
+    series = "; ".join(f"{tr_label(way)}: {word}" for way, word in zip(table["way"], words, strict=True))
+    figure.alt_text = tr("What one reading of the memory costs. {series}.", series=series)
     figure.caption = tr(
-        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Hollow bars got no "
-        "answer, since the machine has no NVIDIA driver: a lower bound of what they cost with one."
+        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Dots are readings that "
+        "the driver answered. An arrow is a call that failed for want of a driver: with one it takes longer."
     )
     return figure
 
 
 @draws({"part": str, "kind": str, "seconds": float}, empty="no rows to draw: measure something first.")
 def account_chart(account: pd.DataFrame) -> SuiteFigure:
-    """Draw a ``chapter_account`` of a token's time as a waterfall: every part begins where the one above it ends."""
+    """Draw a ``chapter_account`` of a token's time as a waterfall: every part begins where the one above it ends.
+
+    A part that takes no time has no row.
+    """
     _check_looks("kind", account["kind"], _KIND_LOOKS)
+    account = account[account["seconds"] != 0].reset_index(drop=True)
     times_ms = account["seconds"] * 1e3
     ends_ms, total_ms = times_ms.cumsum(), times_ms.sum()
     starts_ms = ends_ms - times_ms
-    with drawing(6.3, 1.4 + 0.42 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
+    with drawing(6.3, 1.3 + 0.36 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        for row, (kind, ms, left, end) in enumerate(zip(account["kind"], times_ms, starts_ms, ends_ms, strict=True)):
-            axes.barh(row, ms, left=left, height=0.6, **_bar_look(_KIND_LOOKS[kind]))
-            below = row + (1.3 if row < len(account) - 1 else 0.3)
-            axes.plot([end, end], [row - 0.3, below], color=GRID_COLOR, linewidth=pt(0.6))
+        for row, (kind, ms, left) in enumerate(zip(account["kind"], times_ms, starts_ms, strict=True)):
+            look = area(_KIND_LOOKS[kind])
+            if abs(ms) < 0.01 * total_ms:  # too short to be seen: its edge is
+                look |= {"edgecolor": look["facecolor"], "linewidth": pt(2.0)}
+            axes.barh(row, ms, left=left, height=0.6, **look)
+            if row:
+                axes.plot([left, left], [row - 1.3, row + 0.3], color=GRID_COLOR, linewidth=pt(0.6), zorder=0)
         axes.axvline(total_ms, color=COLORS["used"], linewidth=pt(0.8))
-        axes.set_xlim(0, max(total_ms, ends_ms.iloc[-1]))
+        axes.set_xlim(0, max(total_ms, ends_ms.max()))
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
         axes.set_xlabel(
             tr("time of a token (ms); the black line is the reported {total_s:.1f} s", total_s=total_ms / 1e3)
         )
-        _name_bars(axes, [wrapped(tr_label(part), 0.38 * figure.get_figwidth(), pt(9)) for part in account["part"]])
-        _legend_of_looks(figure, _KIND_LOOKS)
-        _write_ends(figure, axes, np.maximum(starts_ms, ends_ms).tolist(), [f" {ms:,.0f} ms" for ms in times_ms])
+        name_bars(axes, [tr_label(part) for part in account["part"]])
+        legend_of_areas(figure, {tr(kind): look for kind, look in _KIND_LOOKS.items() if kind in set(account["kind"])})
+        write_ends(figure, axes, np.maximum(starts_ms, ends_ms).tolist(), [f"{ms:,.0f} ms" for ms in times_ms])
     words = [
         tr("{part} ({kind}): {ms:.0f} ms", part=tr_label(part), kind=tr(kind), ms=ms)
         for part, kind, ms in zip(account["part"], account["kind"], times_ms, strict=True)
@@ -323,26 +340,28 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         >>> precision_chart(parts, card="a card", card_mib=512).alt_text
         'Memory by precision: bf16 1,025 MiB (does not fit), int4 257 MiB (fits), against 512 MiB of a card.'
     """
-    stacked = _in_mib(parts)
+    _check_looks("part", parts.columns.drop("precision"), PRECISION_LOOKS)
+    stacked = parts.set_index("precision") / MIB
+    if (stacked < 0).any(axis=None):
+        raise FigureError("a part has less than 0 bytes. Give bytes.")
+    stacked = stacked[[part for part in PRECISION_LOOKS if part in stacked]]
     totals = stacked.sum(axis=1)
     widest = max(float(totals.max()), card_mib)
     with drawing(6.3, 1.7 + 0.55 * len(stacked), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        left = pd.Series(0.0, index=stacked.index)
-        for part, (color, hatch) in PRECISION_LOOKS.items():
-            if part in stacked:
-                label = tr(part) if stacked[part].max() >= _LISTED_FROM * widest else "_nolegend_"
-                look: Look = {"color": color, "hatch": hatch, "label": label, "height": 0.62}
-                axes.barh(range(len(stacked)), stacked[part], left=left, **look)
-                left = left + stacked[part]
-        label = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
-        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", label=label, zorder=3)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.xaxis.set_major_locator(MaxNLocator(most_ticks(figure)))
+        stack_bars(
+            axes, stacked, PRECISION_LOOKS, [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()]
+        )
+        axes.axvline(card_mib, color=COLORS["used"], linestyle="--", zorder=3)
+        axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(0, widest * 1.02)
         axes.set_xlabel(tr("memory (MiB)"))
-        _name_bars(axes, [f"{precision}\n{total:,.0f} MiB" for precision, total in totals.items()])
-        legend_below(figure, *axes.get_legend_handles_labels(), ncols=4)
+        card_name: Look = {"ha": "left" if card_mib < widest / 2 else "right", "va": "bottom", "fontsize": pt(8)}
+        line = tr("{card}: {card_mib:,.0f} MiB", card=card, card_mib=card_mib)
+        axes.text(card_mib, 1.01, line, transform=axes.get_xaxis_transform(), **card_name)
+        visible = [part for part in stacked if stacked[part].max() >= _LISTED_FROM * widest]
+        legend_of_areas(figure, {tr(str(part)): PRECISION_LOOKS[str(part)] for part in visible})
         _write_lengths(figure, axes)
     verdicts = []
     for precision, total in totals.items():
@@ -361,14 +380,6 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
     return figure
 
 
-def _in_mib(parts: pd.DataFrame) -> pd.DataFrame:
-    """The parts in MiB, a row a precision; FigureError for an unknown part or fewer than 0 bytes."""
-    _check_looks("part", parts.columns.drop("precision"), PRECISION_LOOKS)
-    if (parts.drop(columns="precision") < 0).any(axis=None):
-        raise FigureError("a part has less than 0 bytes. Give bytes.")
-    return parts.set_index("precision") / MIB
-
-
 def _write_lengths(figure: SuiteFigure, axes: Axes) -> None:
     """Write each bar's length at its left, on a ground without pattern, where it has room."""
     figure.draw_without_rendering()
@@ -385,35 +396,3 @@ def _write_lengths(figure: SuiteFigure, axes: Axes) -> None:
 def _check_looks(what: str, names: Any, looks: Mapping[str, Any]) -> None:
     if unknown := sorted(set(names) - set(looks)):
         raise FigureError(f"{what} {unknown[0]!r} is not known. Use {', '.join(looks)}.")
-
-
-def _bar_look(look: tuple[str, str]) -> Look:
-    """Arguments of a bar or a legend's patch, from its colour and pattern."""
-    color, hatch = look
-    return {"facecolor": color, "hatch": hatch, "edgecolor": COLORS["context"], "linewidth": pt(0.5)}
-
-
-def _legend_of_looks(figure: SuiteFigure, looks: Mapping[str, tuple[str, str]]) -> None:
-    legend_below(figure, [Patch(**_bar_look(look)) for look in looks.values()], [tr(name) for name in looks], ncols=4)
-
-
-def _name_bars(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-
-
-def _write_ends(figure: SuiteFigure, axes: Axes, ends: Sequence[float], labels: Sequence[str]) -> None:
-    """Write a text after every bar, and lengthen the horizontal axis until all have room inside it."""
-    written = [
-        axes.text(end, row, label, va="center", fontsize=pt(8))
-        for row, (end, label) in enumerate(zip(ends, labels, strict=True))
-    ]
-    for text in written:
-        text.set_in_layout(False)  # the panel gets the width that it has in the end
-    figure.draw_without_rendering()
-    scale, panel = axes.xaxis.get_transform(), axes.get_window_extent().width
-    left, right = scale.transform(axes.get_xlim())
-    for text, end in zip(written, ends, strict=True):
-        start = float(scale.transform([end])[0]) - left
-        right = max(right, left + start * panel / (panel - text.get_window_extent().width))
-    axes.set_xlim(right=float(scale.inverted().transform([right])[0]))

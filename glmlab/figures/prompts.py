@@ -6,23 +6,32 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.colors import to_rgb
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
+from glmlab.figures.labels import (
+    AreaLook,
+    legend_of_areas,
+    msg,
+    printable,
+    stack_bars,
+    tr,
+    tr_label,
+)
 from glmlab.figures.saving import Arguments, draws
 from glmlab.figures.style import (
+    COLORS,
     GRID_COLOR,
     FigureError,
     Look,
     SuiteFigure,
     current_settings,
     drawing,
-    legend_below,
     pt,
     set_size,
     sheet,
     text_width_in,
 )
-from glmlab.figures.translations import msg, printable, tr, tr_label
 from glmlab.prompts.format import ROLE_COLORS
 
 _WIDTH_IN = 6.3
@@ -77,8 +86,8 @@ def prompt_figure(table: pd.DataFrame) -> SuiteFigure:
     )  # fmt: skip
     figure.caption = tr(
         "A prompt as the model reads it. A chip is a token, its id below; strong colours are special tokens, tints "
-        "are text, and the role stands at the left. Blanks are ␣, line breaks ↵; a character without a glyph is its "
-        "code point, with the byte that the token holds."
+        "are text, and the role stands at the left. Blanks are ␣, line breaks ↵, and ∅ is the blank that the tokenizer "
+        "puts before a text. <0xF0> is one byte of a character that has no token of its own."
     )
     return figure
 
@@ -118,9 +127,9 @@ def _chip_text(row: Mapping[Any, Any]) -> str:
     if row["special"]:
         return printable(row["piece"])
     if not row["text"]:
-        return "▁"  # the dummy prefix
+        return "∅"  # the blank that the tokenizer puts before a text
     part = len(row["bytes"]) < 2 * len(row["text"].encode("utf-8", "surrogatepass"))
-    return f"{printable(row['text'])}:{row['bytes'].upper()}" if part else printable(row["text"])
+    return f"<0x{row['bytes'].upper()}>" if part else printable(row["text"])
 
 
 @draws(
@@ -202,43 +211,56 @@ def _with_last(transitions: pd.DataFrame) -> tuple[pd.DataFrame, Arguments]:
     return (transitions if "last" in transitions else transitions.reset_index(names="last")), {}
 
 
+_PLACES = {"start": (0, 1), "system": (0, 0), "user": (1, 1), "assistant": (2, 1), "observation": (2, 0)}
+"""Column and row of every state."""
+
+
 @draws({"last": str}, empty="no roles to draw: role_transitions gives the table.", convert=_with_last)
 def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
-    """Draw which role may follow which (``role_transitions``): rows what came last, columns what comes next.
+    """Draw which role may follow which (``role_transitions``) as a state diagram: an arrow leads to what may come next.
 
     Example:
         >>> roles_figure(pd.DataFrame({"user": [True, False]}, index=["start", "user"])).alt_text
         'Which role may follow which. After start: user. After user: nothing.'
     """
-    roles = [role for role in transitions.columns if role != "last"]
-    if unknown := [role for role in roles if role not in ROLE_COLORS]:
-        raise FigureError(f"role {unknown[0]!r} has no colour. Known are {', '.join(filter(None, ROLE_COLORS))}.")
-    befores = [tr_label(before) for before in transitions["last"]]
-    with drawing(4.6, 2.6, axes_grid=False) as figure:
-        axes = figure.subplots()
-        for i, row in enumerate(transitions[roles].to_dict("records")):
-            for j, (role, allowed) in enumerate(row.items()):
-                color = ROLE_COLORS[str(role)] if allowed else "#ffffff"
-                look: Look = {"facecolor": color, "alpha": 0.6, "edgecolor": GRID_COLOR}
-                axes.add_patch(Rectangle((j, i), 1, 1, linewidth=pt(0.6), **look))
-                answer = tr("yes") if allowed else tr("no")
-                axes.text(j + 0.5, i + 0.5, answer, ha="center", va="center", fontsize=pt(8))
-        axes.set(xlim=(0, len(roles)), ylim=(len(befores), 0), xlabel=tr("next"), ylabel=tr("last"))
-        axes.set_xticks([j + 0.5 for j in range(len(roles))], roles)
-        axes.set_yticks([i + 0.5 for i in range(len(befores))], befores)
-        if max(text_width_in(role, 9) for role in roles) > figure.get_figwidth() / pt(5.6):
-            axes.tick_params(axis="x", rotation=20)
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
+    nexts = {row["last"]: [str(role) for role, allowed in row.items() if role != "last" and allowed]
+             for row in transitions.to_dict("records")}  # fmt: skip
+    if unknown := [role for role in [*transitions.columns.drop("last"), *nexts] if role not in _PLACES]:
+        raise FigureError(f"role {unknown[0]!r} has no place. Known are {', '.join(_PLACES)}.")
+    width, height = current_settings().layout_width_in(4.6), 1.7
+    box_width, box_height = 0.9, 0.3
+    with drawing(4.6, height, layout=None) as figure:
+        axes = sheet(figure)
+        axes.set(xlim=(0, width), ylim=(0, height))  # inches of the paper style
+        boxes = {}
+        for role in dict.fromkeys([*nexts, *(role for roles in nexts.values() for role in roles)]):
+            column, row = _PLACES[role]
+            x, y = 0.55 + column * (width - 1.1) / 2, 0.3 + row * 0.75
+            color = ROLE_COLORS.get(role, "#ffffff")
+            look: Look = {"facecolor": (*to_rgb(color), 0.5), "edgecolor": GRID_COLOR, "linewidth": pt(0.6)}
+            boxes[role] = Rectangle((x - box_width / 2, y - box_height / 2), box_width, box_height, **look)
+            axes.add_patch(boxes[role])
+            axes.text(x, y, tr_label(role), fontsize=pt(8), **_MIDDLE)
+        arrow: Look = {"arrowstyle": "-|>", "mutation_scale": pt(9), "linewidth": pt(0.9), "color": COLORS["context"]}
+        for last, roles in nexts.items():
+            for role in roles:
+                x, y = boxes[last].get_center()
+                ends: Look = {"posA": (x, y), "posB": boxes[role].get_center()}
+                bend = 0.2 if last in nexts.get(role, []) else 0.0  # beside the arrow back
+                if role == last:
+                    ends = {"posA": (x + 0.2, y + box_height / 2), "posB": (x - 0.2, y + box_height / 2)}
+                    bend = 1.1
+                else:
+                    ends |= {"patchA": boxes[last], "patchB": boxes[role]}
+                axes.add_patch(FancyArrowPatch(**ends, connectionstyle=f"arc3,rad={bend}", **arrow))
     sentences = [
-        tr("After {before}: {roles}.", before=before,
-           roles=", ".join(str(role) for role, allowed in row.items() if allowed) or tr("nothing"))
-        for before, row in zip(befores, transitions[roles].to_dict("records"), strict=True)
-    ]  # fmt: skip
+        tr("After {before}: {roles}.", before=tr_label(last), roles=", ".join(roles) or tr("nothing"))
+        for last, roles in nexts.items()
+    ]
     figure.alt_text = " ".join([tr("Which role may follow which."), *sentences])
     figure.caption = tr(
-        "Which role may follow which in a prompt: a row is the role that came last, a column the next one. Computed "
-        "by asking the checker pair by pair."
+        "Which role may follow which in a prompt: every arrow leads to a role that may come next. Computed by asking "
+        "the checker pair by pair."
     )
     return figure
 
@@ -256,27 +278,21 @@ def growth_figure(growth: pd.DataFrame) -> SuiteFigure:
         >>> growth_figure(growth).axes[0].get_xlabel()
         'prompt (tokens)'
     """
-    parts = (
-        ("kept_tokens", tr("old prompt, cached"), ROLE_COLORS[""], ""),
-        ("answer_tokens", tr("answer, cached as it was generated"), ROLE_COLORS["assistant"], "////"),
-        ("fed_tokens", tr("new, still to be read"), ROLE_COLORS["user"], "...."),
-    )
-    turns = growth["turn"].tolist()
-    with drawing(_WIDTH_IN, 1.1 + 0.28 * len(turns), axes_grid_axis="x", axes_axisbelow=True) as figure:
+    looks: dict[str, AreaLook] = {
+        "kept_tokens": (ROLE_COLORS[""], ""),
+        "answer_tokens": (ROLE_COLORS["assistant"], "////"),
+        "fed_tokens": (ROLE_COLORS["user"], "...."),
+    }
+    names = tr("old prompt, cached"), tr("answer, cached as it was generated"), tr("new, still to be read")
+    with drawing(_WIDTH_IN, 1.1 + 0.28 * len(growth), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        left = pd.Series(0, index=growth.index)
-        for column, label, color, hatch in parts:
-            axes.barh(turns, growth[column], left=left, color=color, hatch=hatch, height=0.7, label=label)
-            left = left + growth[column]
-        axes.set(xlabel=tr("prompt (tokens)"), ylabel=tr("turn"), yticks=turns)
-        axes.invert_yaxis()
-        legend_below(figure, *axes.get_legend_handles_labels(), ncols=3)
-    last = growth.iloc[-1]
+        stack_bars(axes, growth[list(looks)], looks, growth["turn"].map(str).tolist())
+        axes.set(xlabel=tr("prompt (tokens)"), ylabel=tr("turn"))
+        legend_of_areas(figure, dict(zip(names, looks.values(), strict=True)))
     figure.alt_text = tr(
         "The prompt of each of {turns} turns, as a bar of tokens. Turn {turn}: {prompt_tokens} tokens, of which "
         "{kept_tokens} are the old prompt, {answer_tokens} the answer to it and {fed_tokens} are new.",
-        turns=len(turns), turn=last["turn"], prompt_tokens=last["prompt_tokens"], kept_tokens=last["kept_tokens"],
-        answer_tokens=last["answer_tokens"], fed_tokens=last["fed_tokens"],
+        turns=len(growth), **growth.iloc[-1],
     )  # fmt: skip
     figure.caption = tr(
         "The prompt of every turn of a chat. The plain part is the prompt of the turn before and the hatched part its"

@@ -18,6 +18,7 @@ from matplotlib.path import Path
 from matplotlib.textpath import text_to_path
 
 from glmlab.core.units import format_bytes
+from glmlab.figures.labels import msg, tr
 from glmlab.figures.saving import Arguments, draws
 from glmlab.figures.style import (
     COLORS,
@@ -33,7 +34,6 @@ from glmlab.figures.style import (
     text_width_in,
     wrapped,
 )
-from glmlab.figures.translations import msg, tr
 from glmlab.structure.graph import Arrow, ClassGraph
 
 if TYPE_CHECKING:

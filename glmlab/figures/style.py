@@ -6,7 +6,7 @@ from nearer. A width changes how much fits on a line, never the size of the lett
 
 import re
 from base64 import b64encode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,17 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib import font_manager
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter
-from matplotlib.typing import ColorType
 
 from glmlab.core.errors import GlmlabError
 from glmlab.core.resources import data_path
@@ -224,14 +220,10 @@ An SVG has its letters as outlines, so that it looks the same where the fonts ar
 its title and description, as text.
 """
 
-_POINT_SIZES = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize", "lines.linewidth", "grid.linewidth",
-    "hatch.linewidth")  # fmt: skip
-_OTHER_POINT_SIZES = (  # matplotlib's own, which a style scales as well
-    "axes.linewidth", "lines.markersize", "patch.linewidth", "axes.labelpad", "axes.titlepad", "xtick.major.size",
-    "xtick.minor.size", "xtick.major.width", "xtick.minor.width", "xtick.major.pad", "xtick.minor.pad",
-    "ytick.major.size", "ytick.minor.size", "ytick.major.width", "ytick.minor.width", "ytick.major.pad",
-    "ytick.minor.pad",
-)  # fmt: skip
+_SIZES = re.compile(  # settings in points, which a style scales
+    r"font\.size|(axes|legend)\.(title|label|font)size|(axes|lines|patch|grid|hatch)\.linewidth|lines\.markersize"
+    r"|axes\.(title|label)pad|[xy]tick\.(major|minor)\.(size|width|pad)"
+)
 
 
 def style_rc(settings: FigureSettings) -> dict[Any, Any]:
@@ -241,9 +233,8 @@ def style_rc(settings: FigureSettings) -> dict[Any, Any]:
         >>> style_rc(FigureSettings("slide"))["font.size"]
         14.4
     """
-    sizes = {name: STYLE[name] for name in _POINT_SIZES}
-    sizes |= {name: matplotlib.rcParamsDefault[name] for name in _OTHER_POINT_SIZES}  # type: ignore[index]
-    scaled = {name: size * settings.scale for name, size in sizes.items()}
+    known: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE}
+    scaled = {name: size * settings.scale for name, size in known.items() if _SIZES.fullmatch(name)}
     return {**STYLE, **scaled, "savefig.dpi": STYLES[settings.style][1]}
 
 
@@ -333,30 +324,6 @@ def sheet(figure: SuiteFigure) -> Axes:
     return axes
 
 
-def most_ticks(figure: SuiteFigure) -> int:
-    """Intervals that the horizontal axis of a panel as wide as the figure has room for, with numbers of five digits.
-
-    Example:
-        >>> with drawing(6.3, 4.0) as figure:
-        ...     most_ticks(figure)
-        7
-    """
-    return int(figure.get_figwidth() / figure.settings.scale / 0.8)
-
-
-def legend_below(figure: SuiteFigure, handles: Sequence[Artist], labels: Sequence[str], *, ncols: int = 1) -> None:
-    """Put a legend below the panels, in at most ``ncols`` columns and as many as the width has room for."""
-    points = float(matplotlib.rcParams["legend.fontsize"])
-    room_in = figure.get_figwidth() - points / 72
-    mark_in = 4.8 * points / 72  # the sample of a line or area, and the gaps beside it
-    for columns in range(min(ncols, len(labels)), 0, -1):
-        parts = np.array_split([text_width_in(label, points) + mark_in for label in labels], columns)
-        if sum(float(part.max()) for part in parts) <= room_in:
-            break
-    lines = [wrapped(label, room_in - mark_in, points) for label in labels] if columns == 1 else labels
-    figure.legend(handles, lines, loc="outside lower center", ncols=columns)
-
-
 @cache
 def text_width_in(text: str, points: float) -> float:
     """Width of a text in inches, in the fonts of the figures."""
@@ -425,24 +392,3 @@ def _wrap_labels(figure: SuiteFigure) -> None:
 
 def _wrap(text: Text, room_in: float) -> None:
     text.set_text(wrapped(text.get_text(), room_in, float(text.get_fontsize())))
-
-
-def luminance(color: ColorType) -> float:
-    """Relative luminance of a colour, 0 (black) to 1 (white), as WCAG 2.1 defines it.
-
-    Example:
-        >>> luminance("white"), round(luminance("#767676"), 2)
-        (1.0, 0.18)
-    """
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
-    return float(np.dot((0.2126, 0.7152, 0.0722), linear).round(9))
-
-
-def ink_on(background: ColorType) -> str:
-    """Black or white, whichever reads better on a colour: a contrast of 4.5 or more on any.
-
-    Example:
-        >>> ink_on("#0072b2"), ink_on("#e69f00")
-        ('#ffffff', '#000000')
-    """
-    return "#000000" if (luminance(background) + 0.05) ** 2 > 0.05 * 1.05 else "#ffffff"

@@ -22,8 +22,9 @@ from pypdf import PdfReader
 
 from glmlab.core.resources import data_path
 from glmlab.figures import FORMATS, FigureError, decode_strip, figure_settings, read_figure, redraw, save_figure
+from glmlab.figures.labels import luminance
 from glmlab.figures.saving import FUNCTIONS, _csv, _read_table, find_figures, saved_figures
-from glmlab.figures.style import STYLES, FigureSettings, SuiteFigure, luminance, parse_width
+from glmlab.figures.style import STYLES, FigureSettings, SuiteFigure, parse_width
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = data_path("figures")
@@ -46,6 +47,7 @@ UNTRANSLATED = {
     "CUDA",
     "CPU",
     "GPU",
+    "GiB",
     "nn",
     "PyTorch",
     "Auto",

@@ -9,7 +9,7 @@ from babel.messages.pofile import read_po
 
 from glmlab.core.resources import data_path
 from glmlab.figures import FigureError, figure_settings
-from glmlab.figures.translations import LOCALES, printable, tr, tr_label
+from glmlab.figures.labels import LOCALES, printable, tr, tr_label
 
 FIGURES = Path(__file__).resolve().parents[2] / "glmlab" / "figures"
 
@@ -50,7 +50,7 @@ def test_labels_of_the_data_are_translated_as_far_as_they_are_known():
     [
         ("你好 world\n", "你好␣world↵"),
         ("👋😀", "U+1F44BU+1F600"),
-        ("a▁你⏎龘", "a▁你⏎U+9F98"),
+        ("a▁你⏎龘", "a␣你⏎U+9F98"),
         ("\u202e", "U+202E"),
         ("顯存使用與上下文長度分析", "顯存使用與上下文長度分析"),
     ],
