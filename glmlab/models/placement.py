@@ -98,15 +98,7 @@ def _half_dtype(config: Any) -> torch.dtype:
 
 
 def precision_ladder(skeleton: nn.Module, device: torch.device) -> list[str]:
-    """Precisions from the largest to the smallest that make sense on a device: fp32 on the CPU only, int4 where it can.
-
-    Example:
-        >>> from glmlab.models.checkpoints import find_config
-        >>> from glmlab.models.loading import build_skeleton, load_config
-        >>> skeleton = build_skeleton(load_config(find_config("embedded")))
-        >>> precision_ladder(skeleton, torch.device("cpu"))
-        ['fp32', 'bf16', 'int8', 'int4']
-    """
+    """Precisions from the largest to the smallest that make sense on a device; fp32 on the CPU only."""
     ladder = ["fp32", "bf16"] if device.type == "cpu" else [dtype_name(_half_dtype(skeleton.config))]
     return [*ladder, "int8"] if _misfits_for_4bit(skeleton) else [*ladder, "int8", "int4"]
 
@@ -299,29 +291,13 @@ def build_random(config: Any, precision: str, dtype: torch.dtype, device: torch.
 
 
 def build_random_float(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Return a model with random weights in a float precision, every tensor made on the device.
-
-    Example:
-        >>> from glmlab.models.checkpoints import find_config
-        >>> from glmlab.models.loading import load_config
-        >>> config = load_config(find_config("chatglm3-6b"))
-        >>> build_random_float(config, torch.float16, torch.device("meta")).lm_head.weight.dtype
-        torch.float16
-    """
+    """Return a model with random weights in a float precision, every tensor made on the device."""
     with _seeded(device), device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def quantised_skeleton(config: Any, precision: str, dtype: torch.dtype) -> Any:
-    """Return the model on the meta device, its linear layers but the head replaced by those of bitsandbytes.
-
-    Example:
-        >>> from glmlab.models.checkpoints import find_config
-        >>> from glmlab.models.loading import load_config
-        >>> skeleton = quantised_skeleton(load_config(find_config("chatglm3-6b")), "int8", torch.float16)
-        >>> type(skeleton.model.layers[0].mlp.down_proj).__name__
-        'Linear8bitLt'
-    """
+    """Return the model on the meta device, its linear layers but the head replaced by those of bitsandbytes."""
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     with torch.device("meta"):
