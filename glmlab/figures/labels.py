@@ -190,7 +190,7 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
 
 def write_ends(figure: SuiteFigure, axes: Axes, ends: Sequence[float], labels: Sequence[str]) -> None:
     """Write a text after every bar, and lengthen the horizontal axis until all have room inside it."""
-    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8))
+    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8), backgroundcolor="white")
                for row, (end, label) in enumerate(zip(ends, labels, strict=True))]  # fmt: skip
     for text in written:
         text.set_in_layout(False)  # the panel gets the width that it has in the end

@@ -60,8 +60,7 @@ TIME_LOOKS: dict[str, AreaLook] = {
 """Colour and pattern of every part of a token's time."""
 
 _KIND_LOOKS: dict[str, AreaLook] = {  # of a row of an account
-    msg("floor"): (COLORS["allocated"], "////"),
-    msg("estimated"): (COLORS["inactive small"], "...."),
+    msg("computed"): (COLORS["allocated"], "////"),
     msg("measured here"): (COLORS["kv"], ""),
     "unexplained": (COLORS["unexplained"], ""),
 }
@@ -80,8 +79,8 @@ PRECISION_LOOKS: dict[str, AreaLook] = {
 
 _LISTED_FROM = 0.002  # a part below this share of the axis is too thin to be seen: the legend leaves it out
 _NAMES = (  # of bars: ways to read the memory, parts of an account
-    msg("gpustat --json (a process)"), msg("floor: read the weights once"), msg("dequantise them to fp16, read those"),
-    msg("weights in host memory"), msg("the log: gpustat --json"),
+    msg("gpustat --json (a process)"), msg("read the weights once"), msg("unpack them to fp16, read those"),
+    msg("gpustat --json, if the log ran"), msg("starting Python, importing gpustat"),
 )  # fmt: skip
 
 
@@ -130,8 +129,8 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         for name, _, _, rows in series
     ]  # fmt: skip
     figure.alt_text = tr(
-        "Time of a token against context length. {series}. The measured times are {least:.3g} to {most:.3g} times the "
-        "floor.",
+        "Time of a token against context length. {series}. The measured times are {least:,.1f} to {most:,.1f} times "
+        "the floor.",
         series="; ".join(words), least=table["times"].min(), most=table["times"].max(),
     )  # fmt: skip
     figure.caption = tr(
@@ -247,76 +246,61 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
     return figure
 
 
-@draws({"way": str, "poll_ms": float, "answers": bool}, empty="no rows to draw: measure something first.")
+@draws({"way": str, "poll_ms": float}, empty="no rows to draw: measure something first.")
 def polling_chart(table: pd.DataFrame) -> SuiteFigure:
-    """Draw what it costs to read the memory in use (``measure_polling``): a dot where the driver answered.
-
-    Elsewhere a grey arrow points from the time after which the call failed: it costs more than that.
-    """
-    times_ms, answers = table["poll_ms"].tolist(), [bool(answer) for answer in table["answers"]]
+    """Draw what it costs to read the memory in use (``measure_polling``): a dot for every way that answered."""
+    table = table[table["poll_ms"].notna()]
+    if table.empty:
+        raise FigureError("no way of asking answered: there is no time to draw.")
+    times_ms = table["poll_ms"].tolist()
     with drawing(6.3, 0.8 + 0.45 * len(table), axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        for row, (ms, answered) in enumerate(zip(times_ms, answers, strict=True)):
-            color, marker = (COLORS["kv"], "o") if answered else (COLORS["reserved"], ">")
-            axes.plot([ms], [row], marker=marker, color=color, markersize=pt(7), linestyle="none")
+        axes.plot(times_ms, range(len(table)), "o", color=COLORS["kv"], markersize=pt(7))
         axes.set_xscale("log")
-        axes.set_xlim(min(times_ms) / 3, max(times_ms) * 3)
+        axes.set_xlim(min(0.01, *times_ms), max(1000.0, *times_ms))
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(tr("time of one reading (ms)"))
-        words = [tr("{ms:,.3g} ms", ms=ms) if answered else tr("> {ms:,.3g} ms (no driver)", ms=ms)
-                 for ms, answered in zip(times_ms, answers, strict=True)]  # fmt: skip
+        words = [tr("{ms:,.3g} ms", ms=ms) for ms in times_ms]
         name_bars(axes, [f"{tr_label(way)}\n{word}" for way, word in zip(table["way"], words, strict=True)])
+        axes.set_ylim(len(table) - 0.5, -0.5)
     series = "; ".join(f"{tr_label(way)}: {word}" for way, word in zip(table["way"], words, strict=True))
     figure.alt_text = tr("What one reading of the memory costs. {series}.", series=series)
     figure.caption = tr(
-        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Dots are readings that "
-        "the driver answered. An arrow is a call that failed for want of a driver: with one it takes longer."
+        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Ways that got no answer, "
+        "as without an NVIDIA driver, are left out."
     )
     return figure
 
 
-@draws({"part": str, "kind": str, "seconds": float}, empty="no rows to draw: measure something first.")
-def account_chart(account: pd.DataFrame) -> SuiteFigure:
-    """Draw a ``chapter_account`` of a token's time as a waterfall: every part begins where the one above it ends.
-
-    A part that takes no time has no row.
-    """
+@draws({"part": str, "kind": str, "low_s": float, "high_s": float}, empty="no rows to draw: measure something first.")
+def account_chart(account: pd.DataFrame, *, reported_s: float) -> SuiteFigure:
+    """Draw the ranges of a ``chapter_account``, against the time that was reported."""
     _check_looks("kind", account["kind"], _KIND_LOOKS)
-    account = account[account["seconds"] != 0].reset_index(drop=True)
-    times_ms = account["seconds"] * 1e3
-    ends_ms, total_ms = times_ms.cumsum(), times_ms.sum()
-    starts_ms = ends_ms - times_ms
-    with drawing(6.3, 1.3 + 0.36 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
+    lows_ms, highs_ms = account["low_s"].clip(lower=0) * 1e3, account["high_s"].clip(lower=0) * 1e3
+    with drawing(6.3, 1.3 + 0.4 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
         axes = figure.subplots()
-        for row, (kind, ms, left) in enumerate(zip(account["kind"], times_ms, starts_ms, strict=True)):
+        for row, (kind, low, high) in enumerate(zip(account["kind"], lows_ms, highs_ms, strict=True)):
             look = area(_KIND_LOOKS[kind])
-            if abs(ms) < 0.01 * total_ms:  # too short to be seen: its edge is
-                look |= {"edgecolor": look["facecolor"], "linewidth": pt(2.0)}
-            axes.barh(row, ms, left=left, height=0.6, **look)
-            if row:
-                axes.plot([left, left], [row - 1.3, row + 0.3], color=GRID_COLOR, linewidth=pt(0.6), zorder=0)
-        axes.axvline(total_ms, color=COLORS["used"], linewidth=pt(0.8))
-        axes.set_xlim(0, max(total_ms, ends_ms.max()))
+            axes.barh(row, low, height=0.6, **look)
+            axes.barh(row, high - low, left=low, height=0.25, **{**look, "hatch": ""})
+        axes.axvline(reported_s * 1e3, color=COLORS["used"], linewidth=pt(0.8))
+        axes.set_xlim(0, max(reported_s * 1e3, highs_ms.max()))
         axes.xaxis.set_major_formatter(PLAIN_NUMBERS)
-        axes.set_xlabel(
-            tr("time of a token (ms); the black line is the reported {total_s:.1f} s", total_s=total_ms / 1e3)
-        )
+        axes.set_xlabel(tr("time of a token (ms); the black line is the reported {total_s:.1f} s", total_s=reported_s))
         name_bars(axes, [tr_label(part) for part in account["part"]])
         legend_of_areas(figure, {tr(kind): look for kind, look in _KIND_LOOKS.items() if kind in set(account["kind"])})
-        write_ends(figure, axes, np.maximum(starts_ms, ends_ms).tolist(), [f"{ms:,.0f} ms" for ms in times_ms])
+        ranges = [f"{low:,.0f}–{high:,.0f} ms" for low, high in zip(lows_ms, highs_ms, strict=True)]
+        write_ends(figure, axes, highs_ms.tolist(), ranges)
     words = [
-        tr("{part} ({kind}): {ms:.0f} ms", part=tr_label(part), kind=tr(kind), ms=ms)
-        for part, kind, ms in zip(account["part"], account["kind"], times_ms, strict=True)
+        tr("{part} ({kind}): {range}", part=tr_label(part), kind=tr(kind), range=text)
+        for part, kind, text in zip(account["part"], account["kind"], ranges, strict=True)
     ]
-    figure.alt_text = tr(
-        "An account of {total_s:.1f} s a token. {parts}.", total_s=total_ms / 1e3, parts="; ".join(words)
-    )
+    figure.alt_text = tr("An account of {total_s:.1f} s a token. {parts}.", total_s=reported_s, parts="; ".join(words))
     figure.caption = tr(
-        "An account of the {total_s:.1f} s that a token is reported to take. Each bar begins where the one above it "
-        "ends. The floor and the estimates are computed from the card's published figures; Python and polling were "
-        "measured, not on that card; the rest is unexplained.",
-        total_s=total_ms / 1e3,
+        "An account of the {total_s:.1f} s that a token is reported to take. Thick bars are the low end, computed from "
+        "the card's published figures or measured, not on that card; thin bars reach to the high end, a guess.",
+        total_s=reported_s,
     )
     return figure
 

@@ -1,11 +1,11 @@
-"""What it costs to ask how much memory is used: three ways, timed on this machine.
+"""What it costs to ask how much memory is used, timed on this machine.
 
-    gpustat --json      what the chapter's script ran: a new Python process each time
-    gpustat.new_query   the same from within this process; sleeps about 100 ms for each GPU
-    NVML                the driver's library itself, which the other two call
+    a process that imports gpustat    what every call of the command pays before it asks anything
+    gpustat --json                    what the chapter's script ran: a new Python process each time
+    gpustat.new_query                 the same from within this process; sleeps about 100 ms for each GPU
+    NVML                              the driver's library itself, which the other two call
 
-Without an NVIDIA driver all three fail. They are timed all the same, and the table says that they failed: a process of
-``gpustat --json`` starts, imports and looks for the driver first, so its time is a lower bound of what it costs.
+Only what answers has a time: an error comes back faster. Without an NVIDIA driver only the first does.
 """
 
 import subprocess
@@ -17,20 +17,21 @@ import pandas as pd
 
 from glmlab.latency.measure import LatencyError
 
+STARTING = "starting Python, importing gpustat"
 SUBPROCESS = "gpustat --json (a process)"
 API = "gpustat.new_query()"
 NVML = "NVML"
 
 
 def measure_polling(*, repetitions: int = 5) -> pd.DataFrame:
-    """Time the three ways, one after the other.
+    """Time every way, one after the other.
 
     Args:
         repetitions: calls that count of each way, after one that does not.
 
     Returns:
-        One row a way: way, answers (whether the driver answered), poll_ms (median), fastest_ms, repetitions, outcome
-        (the error's text where it did not answer, else empty).
+        One row a way: way, poll_ms (median), fastest_ms (both NaN where the driver did not answer), outcome (then the
+        error's text, else empty).
 
     Raises:
         LatencyError: fewer than one repetition.
@@ -38,22 +39,30 @@ def measure_polling(*, repetitions: int = 5) -> pd.DataFrame:
     if repetitions < 1:
         raise LatencyError(f"{repetitions} repetitions measure nothing. Ask for at least 1.")
     rows = []
-    for way, poll in {SUBPROCESS: _by_subprocess, API: _by_gpustat, NVML: _by_nvml}.items():
-        poll()
-        ms, outcomes = [], []
-        for _ in range(repetitions):
+    for way, poll in {STARTING: _start, SUBPROCESS: _by_subprocess, API: _by_gpustat, NVML: _by_nvml}.items():
+        outcome = poll()
+        ms = []
+        for _ in range(0 if outcome else repetitions):
             started = time.perf_counter()
-            outcomes.append(poll())
+            outcome = poll() or outcome
             ms.append((time.perf_counter() - started) * 1e3)
-        outcome = max(outcomes, key=bool)
-        rows.append((way, not outcome, float(np.median(ms)), min(ms), repetitions, outcome))
-    return pd.DataFrame(rows, columns=["way", "answers", "poll_ms", "fastest_ms", "repetitions", "outcome"])
+        answered = ms and not outcome
+        rows.append((way, float(np.median(ms)) if answered else np.nan, min(ms) if answered else np.nan, outcome))
+    return pd.DataFrame(rows, columns=["way", "poll_ms", "fastest_ms", "outcome"])
+
+
+def _start() -> str:
+    return _run("-c", "import gpustat")
 
 
 def _by_subprocess() -> str:
-    """Run gpustat's command in a process of its own; return its error message, or an empty text."""
+    return _run("-m", "gpustat", "--json")
+
+
+def _run(*arguments: str) -> str:
+    """Run Python in a process of its own; return its error message, or an empty text."""
     done = subprocess.run(
-        [sys.executable, "-m", "gpustat", "--json"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [sys.executable, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     if done.returncode == 0:
         return ""

@@ -24,12 +24,13 @@ from glmlab.core.units import MIB, mib
 from glmlab.latency.measure import LatencyError
 from glmlab.models.kv_cache import kv_cache_bytes
 from glmlab.models.loading import build_skeleton
-from glmlab.models.placement import dtype_beside, find_device, predict_bytes
+from glmlab.models.placement import cpu_threads, dtype_beside, find_device, predict_bytes
 
 LARGE_BYTES = 256 * MIB
 """A block that outgrows the caches of CPUs and GPUs."""
 
 _REPETITIONS = 7
+_LEAST_S = 0.2  # long enough that other work on the machine does not slow every run
 _ELEMENT_BYTES = 4  # of fp32, in which blocks are copied and summed
 _MATRIX = 1024  # side of the square matrices whose product measures the peak rate
 
@@ -63,16 +64,19 @@ def card_rates(name: str) -> Rates:
     return Rates(card.name, card.bandwidth_bytes_per_s, card.fp16_flops_per_s, card.source)
 
 
-def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES) -> Rates:
+def measure_rates(
+    device: "str | torch.device" = "cpu", *, block_bytes: int = LARGE_BYTES, threads: int | None = None
+) -> Rates:
     """Measure a device; the best of several runs counts, since a floor needs the most that it can do.
 
     The bandwidth is the better of a copy (read and written, as the STREAM benchmark and data sheets count) and of a
     sum, which only reads, as a decode step nearly does. The peak rate is that of the faster dtype of fp32 and bf16.
 
     Args:
-        device: "cpu" (with as many threads as torch is set to) or a CUDA device.
+        device: "cpu" or a CUDA device.
         block_bytes: bytes that are read at a time. The default outgrows the caches; a block as large as what one token
             reads includes them, as a small model does.
+        threads: of the CPU, such as ``loaded.threads``; None: as many as torch is set to.
 
     Raises:
         GlmlabError: no such device on this machine, or a block without bytes.
@@ -88,12 +92,13 @@ def measure_rates(device: "str | torch.device" = "cpu", *, block_bytes: int = LA
     source = torch.ones(block_bytes // _ELEMENT_BYTES, device=device)
     target = torch.empty_like(source)
     n_bytes = source.numel() * _ELEMENT_BYTES
-    copied = 2 * n_bytes / _fastest_s(lambda: target.copy_(source), device)
-    read = n_bytes / _fastest_s(source.sum, device)
     flops = []
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
-        flops.append(2 * _MATRIX**3 / _fastest_s(partial(torch.matmul, matrix, matrix), device))
+    with cpu_threads(threads):
+        copied = 2 * n_bytes / _fastest_s(lambda: target.copy_(source), device)
+        read = n_bytes / _fastest_s(source.sum, device)
+        for dtype in (torch.float32, torch.bfloat16):
+            matrix = torch.ones(_MATRIX, _MATRIX, device=device, dtype=dtype)
+            flops.append(2 * _MATRIX**3 / _fastest_s(partial(torch.matmul, matrix, matrix), device))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     how = f"measured: a block of {mib(block_bytes):.1f} MiB copied and read, a product of {_MATRIX} x {_MATRIX}"
     return Rates(name, max(copied, read), max(flops), how)
@@ -103,7 +108,7 @@ def _fastest_s(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest run; on a GPU between two CUDA events, so that launching does not count."""
     run()  # warm up
     seconds: list[float] = []
-    for _ in range(_REPETITIONS):
+    while len(seconds) < _REPETITIONS or sum(seconds) < _LEAST_S:
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             begin.record()

@@ -161,8 +161,8 @@ def polling_rows(repetitions: int) -> list[Row]:
     rounds = min(repetitions, 5)
     table = measure_polling(repetitions=rounds).set_index("way")
     api, process = (table.loc[way].to_dict() for way in (API, SUBPROCESS))
-    if not (api["answers"] and process["answers"]):
-        reason = f"no answer from an NVIDIA driver on this machine ({api['outcome'] or process['outcome']})"
+    if silent := api["outcome"] or process["outcome"]:
+        reason = f"no answer from an NVIDIA driver on this machine ({silent})"
         return [Row(key, None, what, reason=reason)]
     api_ms, process_ms = float(api["poll_ms"]), float(process["poll_ms"])
     return [Row(key, process_ms / api_ms, what, "ratio", 1.0, api_ms, process_ms, rounds)]

@@ -4,6 +4,7 @@ papermill runs notebooks, too; but it only warns of an unknown parameter and add
 """
 
 import ast
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,8 +124,13 @@ def execute_notebooks(
     if jobs == 1:
         yield from map(run, sources, copies)
     else:
-        with ProcessPoolExecutor(jobs) as pool:
+        with ProcessPoolExecutor(jobs, initializer=_share_cores, initargs=(jobs,)) as pool:
             yield from pool.map(run, sources, copies)
+
+
+def _share_cores(jobs: int) -> None:
+    """Give each kernel its share of the cores: threads of several kernels that wait for each other waste them."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
 def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:

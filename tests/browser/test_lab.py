@@ -73,7 +73,7 @@ class TestMakeLab:
         with browser.new_page() as page:
             page.goto(f"{lab.url}/?token={lab.token}")
             page.locator(".lm-TabBar-tab.lm-mod-current", has_text="index.ipynb").wait_for()
-            assert page.url == f"{lab.url}/lab/tree/index.ipynb"
+            page.wait_for_url(f"{lab.url}/lab/tree/index.ipynb")
 
     def test_looks_for_no_news_and_no_updates(self, lab):
         assert _status(f"{lab.url}/lab/api/update?token={lab.token}")[1]["notification"] is None

@@ -38,7 +38,7 @@ from glmlab.evidence.plan import (
 from glmlab.evidence.runner import Outcome, gather, gpu_of_this_machine
 from glmlab.forecast.comparison import forecast_of
 from glmlab.forecast.workload import resolve_model
-from glmlab.latency.polling import API, NVML, SUBPROCESS, measure_polling
+from glmlab.latency.polling import API, NVML, STARTING, SUBPROCESS, measure_polling
 from glmlab.latency.roofline import measure_rates
 from glmlab.memory.conversations import load_conversation
 from glmlab.models.compiling import Compilation
@@ -210,7 +210,8 @@ def test_times_of_tokens_have_a_floor_and_the_cost_of_polling(gpu: None, tmp_pat
     assert table["context_tokens"].tolist() == list(LATENCY.lengths)
     assert table["sm_clock_mhz"].tolist() == [1500, 1500]
     assert (table[["token_ms", "first_token_ms", "floor_ms"]] > 0).all(axis=None)
-    assert [(way["way"], way["answers"]) for way in notes["polling"]] == [(SUBPROCESS, True), (API, True), (NVML, True)]
+    assert [way["way"] for way in notes["polling"]] == [STARTING, SUBPROCESS, API, NVML]
+    assert not any(way["outcome"] for way in notes["polling"])
     assert notes["rates"]["bandwidth_bytes_per_s"] > 0
     assert header["label"] == "embedded, fp32, eager, Fake GPU"
     check_notes(LATENCY, notes, tmp_path)

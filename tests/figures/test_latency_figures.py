@@ -15,7 +15,7 @@ from glmlab.figures import (
     token_parts_chart,
 )
 from glmlab.figures.latency import PRECISION_LOOKS, TIME_LOOKS
-from glmlab.latency.account import chapter_account
+from glmlab.latency.account import REPORTED_TOKEN_S, chapter_account
 from glmlab.latency.profile import PARTS
 
 
@@ -40,7 +40,7 @@ def test_dots_are_measured_lines_are_floors(times):
     renamed = times.rename(columns={"precision": "way"}).replace({"fp32": "eager", "int4": "compiled"})
     words = latency_curve(renamed, by="way").alt_text
     assert "eager: 2.00 ms at 64 tokens" in words
-    assert "4 to 12 times the floor" in words
+    assert "4.0 to 12.0 times the floor" in words
 
 
 def test_the_first_token_beside_what_would_be_in_proportion():
@@ -63,30 +63,26 @@ def test_every_part_has_a_look_and_bars_are_as_long_as_the_step():
     assert "Python and launching 61%" in figure.alt_text
 
 
-def test_a_way_without_an_answer_is_no_dot():
-    table = pd.DataFrame({"way": ["a", "b"], "poll_ms": [500.0, 0.02], "answers": [True, False]})
+def test_only_ways_that_answered_have_a_dot():
+    table = pd.DataFrame({"way": ["a", "b"], "poll_ms": [500.0, None]})
     figure = polling_chart(table)
-    answered, failed = figure.axes[0].get_lines()
-    assert (answered.get_marker(), failed.get_marker()) == ("o", ">")
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert names == ["a\n500 ms", "b\n> 0.02 ms (no driver)"]
-    assert figure.alt_text.endswith("a: 500 ms; b: > 0.02 ms (no driver).")
+    (dots,) = figure.axes[0].get_lines()
+    assert dots.get_xdata().tolist() == [500]
+    assert figure.alt_text == "What one reading of the memory costs. a: 500 ms."
+    with pytest.raises(FigureError, match="no way of asking answered"):
+        polling_chart(table[1:])
 
 
-def test_the_waterfall_begins_each_part_where_the_last_one_ends():
-    account = chapter_account(polling_s=0.5, launching_s_per_layer=0.0002)
-    assert account["seconds"].eq(0).sum() == 1
-    figure = account_chart(account)
+def test_bars_of_an_account_reach_from_zero_to_low_and_thinner_to_high():
+    account = chapter_account(process_s=0.25, launching_s_per_layer=0.0002)
+    figure = account_chart(account, reported_s=REPORTED_TOKEN_S)
     bars = figure.axes[0].patches
-    ends = 0.0
-    for bar, seconds in zip(bars, account.loc[account["seconds"] > 0, "seconds"], strict=True):
-        assert bar.get_x() == pytest.approx(ends)
-        ends += seconds * 1e3
-    assert ends == pytest.approx(1500)
-    assert min(bar.get_tightbbox().width for bar in bars) > 1, "none is too thin to be seen"
-    looks = {(to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in bars}
-    assert len(looks) == 4  # floor, estimated, measured, unexplained
-    assert "unexplained (unexplained): " in figure.alt_text
+    for low, high, row in zip(bars[::2], bars[1::2], account.itertuples(), strict=True):
+        assert low.get_width() == high.get_x() == pytest.approx(max(0, row.low_s) * 1e3)
+        assert high.get_x() + high.get_width() == pytest.approx(row.high_s * 1e3)
+        assert low.get_height() > high.get_height()
+    assert len({(to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in bars[::2]}) == 3
+    assert "read the weights once (computed): 13–22 ms" in figure.alt_text
 
 
 class TestPrecisions:
@@ -128,5 +124,7 @@ class TestPrecisions:
 def test_unknown_parts_are_refused():
     with pytest.raises(FigureError, match="part 'lunch' is not known. Use weights"):
         token_parts_chart(pd.DataFrame({"precision": ["a"], "part": ["lunch"], "ms": [1.0]}))
-    with pytest.raises(FigureError, match="kind 'guessed' is not known. Use floor"):
-        account_chart(pd.DataFrame({"part": ["a"], "kind": ["guessed"], "seconds": [1.0]}))
+    with pytest.raises(FigureError, match="kind 'guessed' is not known. Use computed"):
+        account_chart(
+            pd.DataFrame({"part": ["a"], "kind": ["guessed"], "low_s": [1.0], "high_s": [1.0]}), reported_s=1.5
+        )

@@ -110,6 +110,7 @@ def running_lab(folder: Path) -> Iterator[Lab]:
     kernel.write_text(json.dumps(_ANOTHER_KERNEL))
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "IPYTHON"))}
     environment |= {"HOME": str(home), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"), **WITHOUT_GPU}
+    environment["OMP_NUM_THREADS"] = "1"  # another worker runs notebooks beside this one
     environment["GLMLAB_CACHE"] = str(cache_folder())  # a trace that a test made is not made again
     command = [sys.executable, "-m", "jupyter", "lab", *make_lab_command()]
     command += ["--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.port=0"]

@@ -65,13 +65,11 @@ def test_forecast_rows_are_seconds_of_a_trace_made_anew():
 
 
 def test_polling_is_compared_where_a_driver_answers(monkeypatch):
-    table = pd.DataFrame(
-        {"way": [SUBPROCESS, API], "answers": True, "poll_ms": [600.0, 100.0], "repetitions": 3, "outcome": ""}
-    )
+    table = pd.DataFrame({"way": [SUBPROCESS, API], "poll_ms": [600.0, 100.0], "outcome": ""})
     monkeypatch.setattr(bench, "measure_polling", lambda repetitions: table)
     (row,) = bench.polling_rows(3)
     assert (row.key, row.value, row.at_least) == ("gpustat_api_over_subprocess", 6.0, 1.0)
-    silent = table.assign(answers=False, outcome="NVML Shared Library Not Found")
+    silent = table.assign(outcome="NVML Shared Library Not Found")
     monkeypatch.setattr(bench, "measure_polling", lambda repetitions: silent)
     (row,) = bench.polling_rows(3)
     assert row.value is None
