@@ -24,6 +24,7 @@ notebooks: $(INSTALLED)  ## run every notebook; figures and their data land in f
 refresh: $(INSTALLED)  ## run every notebook and write the outputs back into notebooks/
 	$(BIN)/glmlab notebooks --in-place
 	cp figures/memory_vs_context.png figures/why_the_curve_bends.png figures/*.csv figures/*.json data/figures/
+	$(BIN)/glmlab notebooks index --in-place  # it shows what the others drew
 
 messages: $(INSTALLED)  ## collect the texts of the figures into data/locale; translate there what is new
 	mkdir -p build

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from glmlab.cli import app
 
@@ -57,3 +58,12 @@ def test_what_the_readme_imports_is_there():
     lines = re.findall(r"^from glmlab.*", "".join(blocks), re.MULTILINE)
     assert len(lines) > 2
     exec("\n".join(lines), {})
+
+
+def test_the_chat_of_the_readme_is_what_the_command_says():
+    transcript = re.search(r"```text\n(you: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    asked = "".join(re.findall(r"^you: (.*\n)", transcript, re.MULTILINE))
+    chat = CliRunner().invoke(app, ["chat"], input=asked)
+    assert chat.exit_code == 0
+    for answer in re.findall(r"^(?!you: )(.+)$", transcript, re.MULTILINE):
+        assert f"you: {answer}\n" in chat.output

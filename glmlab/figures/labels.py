@@ -188,9 +188,12 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
+_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+
+
 def write_ends(figure: SuiteFigure, axes: Axes, ends: Sequence[float], labels: Sequence[str]) -> None:
     """Write a text after every bar, and lengthen the horizontal axis until all have room inside it."""
-    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8), backgroundcolor="white")
+    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8), bbox=_WHITE)
                for row, (end, label) in enumerate(zip(ends, labels, strict=True))]  # fmt: skip
     for text in written:
         text.set_in_layout(False)  # the panel gets the width that it has in the end

@@ -75,7 +75,7 @@ def curves_table(curves: Sequence[Curve] | pd.DataFrame) -> pd.DataFrame:
     parts = [pd.DataFrame(columns=first)]
     for number, curve in enumerate(curves, start=1):
         table = curve.table.rename(columns={} if "kv_mib" in curve.table else {"kv_payload_mib": "kv_mib"})
-        memory = next((column for column in _MEMORY_COLUMNS if column in table.columns), None)
+        memory = next((name for name in _MEMORY_COLUMNS if name in table and table[name].notna().any()), None)
         if memory is None or "context_tokens" not in table.columns:
             needed = "context_tokens" if memory else "used_mib nor rss_mib"
             raise FigureError(f"curve {curve.label!r} has no {needed}, only {', '.join(table.columns)}.")

@@ -74,7 +74,9 @@ class TestMemoryCurve:
         assert table["used_mib"].to_numpy()[last].tolist() == used.tolist(), "the same steps"
 
     def test_memory_falls_back_to_the_process(self):
-        (axes,) = memory_curve([Curve(WITHOUT_MEMORY.table.assign(rss_mib=[600.0, 601, 602]), label="x")]).axes
+        (axes,) = memory_curve(
+            [Curve(MEASURED.table.assign(used_mib=float("nan"), rss_mib=[600.0, 601, 602]), label="x")]
+        ).axes
         assert axes.get_lines()[0].get_ydata().tolist() == [0, 1, 2]
 
     @pytest.mark.parametrize(
