@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+from nbclient.output_widget import OutputWidget
 
 from glmlab.core.errors import GlmlabError
 
@@ -133,6 +134,16 @@ def _share_cores(jobs: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
+class _OutputWidget(OutputWidget):
+    """An output widget whose outputs stay here: the kernel does not need them.
+
+    nbclient 0.11 sends them over the socket on which it awaits the kernel's answer, and may then miss the answer.
+    """
+
+    def sync_state(self) -> None:
+        pass
+
+
 def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], timeout_s: int = 3600) -> Executed:
     """Run a notebook in its own folder from a fresh kernel and write the executed copy, also when a cell fails.
 
@@ -163,6 +174,7 @@ def execute_notebook(source: Path, copy: Path, parameters: Mapping[str, Any], ti
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],
     )
+    client.widget_registry = {"@jupyter-widgets/output": {"OutputModel": _OutputWidget}}
     started, failure = time.monotonic(), None
     try:
         client.execute()

@@ -191,6 +191,14 @@ class TestRunner:
             list(execute_notebooks([source], None, {}))
         assert source.read_bytes() == before
 
+    def test_nothing_is_sent_to_the_kernel_while_its_answer_is_awaited(self, tmp_path):
+        """What an output widget shows is not sent back: nbclient could sleep through the answer of the cell then."""
+        shows = "from ipywidgets import Output\nout = Output()\nwith out:\n    print('inside')"
+        source = _notebook(tmp_path, shows, "print(len(out.outputs))")
+        execute_notebook(source, tmp_path / "copy.ipynb", {})
+        shown, counted = nbformat.read(tmp_path / "copy.ipynb", 4).cells
+        assert (shown.outputs, counted.outputs[0].text) == ([], "0\n")
+
     def test_a_dead_kernel_is_said(self, tmp_path):
         source = _notebook(tmp_path, "import os", "os._exit(1)")
         with pytest.raises(NotebookError, match="made_up.ipynb, cell .* failed: Kernel died"):
