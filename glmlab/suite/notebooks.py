@@ -134,7 +134,7 @@ def _share_cores(jobs: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
 
 
-class _OutputWidget(OutputWidget):
+class _OutputWidget(OutputWidget):  # type: ignore[misc]
     """An output widget whose outputs stay here: the kernel does not need them.
 
     nbclient 0.11 sends them over the socket on which it awaits the kernel's answer, and may then miss the answer.
