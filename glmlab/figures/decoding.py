@@ -67,8 +67,9 @@ def decode_strip(steps: pd.DataFrame) -> SuiteFigure:
         first=cache_mib.iloc[0], last=cache_mib.iloc[-1], share=acts_ms["forward_ms"].sum() / acts_ms.to_numpy().sum(),
     )  # fmt: skip
     figure.caption = tr(
-        "Decode steps of one answer. From top to bottom: how surprising the chosen token was, how many candidates "
-        "each processor or warper leaves, the KV cache, and the measured time of the acts of a step."
+        "The cache grows evenly; how free the choice of a token is differs from step to step. From top to bottom: "
+        "how surprising the chosen token was, how many candidates each processor or warper leaves, the KV cache, "
+        "and the measured time of the acts of a step."
     )
     return figure
 
@@ -148,8 +149,9 @@ def candidates_chart(candidates: pd.DataFrame) -> SuiteFigure:
         tr("After {stage}: {best}.", stage=tr_label(stage), best=_in_words(here)) for stage, here in stages.items()
     )
     figure.caption = tr(
-        "The best candidates of one decode step, before and after each processor and warper. A row is the same token "
-        "in every panel; the hatched orange bar is the token that was chosen."
+        "Processors and warpers change or cut the candidates, and one of those left is drawn: the best ones, before"
+        " and after each. A row is the same token in every panel; the hatched orange bar is the token that was "
+        "chosen."
     )
     return figure
 
@@ -218,8 +220,8 @@ def lens_heatmap(lens: pd.DataFrame) -> SuiteFigure:
         for name, text, p in zip(best["name"], best["text"], best["probability"], strict=True)
     )
     figure.caption = tr(
-        "Logit lens on one decode step: the best tokens if norm and head were applied after each layer, darker where "
-        "they are likelier. The frame marks the token that the step chose."
+        "The model's guess changes from layer to layer: the best tokens if norm and head were applied after each "
+        "layer, darker where they are likelier. The frame marks the token that the step chose."
     )
     return figure
 

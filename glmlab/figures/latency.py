@@ -134,9 +134,9 @@ def latency_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFigure:
         series="; ".join(words), least=table["times"].min(), most=table["times"].max(),
     )  # fmt: skip
     figure.caption = tr(
-        "Time of a token against the length of the context. Above, marks are medians with whiskers from the 10th to "
-        "the 90th percentile; lines are the floor, bytes and operations over what the machine moves and computes, "
-        "thicker from series to series. Below, how many times the floor each is."
+        "A token takes longer than its bytes and operations alone would need. Above, marks are medians with "
+        "whiskers from the 10th to the 90th percentile; lines are the floor, bytes and operations over what the "
+        "machine moves and computes, thicker from series to series. Below, how many times the floor each is."
     )
     return figure
 
@@ -174,8 +174,8 @@ def first_token_curve(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         "Time to the first token against the length of the prompt. {series}.", series="; ".join(words)
     )  # fmt: skip
     figure.caption = tr(
-        "Time to the first token against the length of the prompt. On the dashed line a prompt twice as long takes "
-        "twice the time."
+        "Short prompts cost about the same; long ones approach a time in proportion to their length. On the dashed "
+        "line a prompt twice as long takes twice the time."
     )
     return figure
 
@@ -240,8 +240,8 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
         words.append(tr("{name}: {ms:.2f} ms, of which {shares}", name=name, ms=total, shares=told))
     figure.alt_text = tr("Where the time of one token goes. {series}.", series="; ".join(words))
     figure.caption = tr(
-        "Where the time of one token goes. Operations are counted by layer; between them lie Python and the launching"
-        " of operations."
+        "Part of a token's time lies between its operations. They are counted by layer; between them lie Python and"
+        " the launching of operations."
     )
     return figure
 
@@ -267,8 +267,8 @@ def polling_chart(table: pd.DataFrame) -> SuiteFigure:
     series = "; ".join(f"{tr_label(way)}: {word}" for way, word in zip(table["way"], words, strict=True))
     figure.alt_text = tr("What one reading of the memory costs. {series}.", series=series)
     figure.caption = tr(
-        "What one reading of the memory in use costs in several ways, on a logarithmic scale. Ways that got no answer, "
-        "as without an NVIDIA driver, are left out."
+        "Reading the memory in use costs time, most of all in a process of its own (logarithmic scale). Ways that "
+        "got no answer, as without an NVIDIA driver, are left out."
     )
     return figure
 
@@ -298,8 +298,9 @@ def account_chart(account: pd.DataFrame, *, reported_s: float) -> SuiteFigure:
     ]
     figure.alt_text = tr("An account of {total_s:.1f} s a token. {parts}.", total_s=reported_s, parts="; ".join(words))
     figure.caption = tr(
-        "An account of the {total_s:.1f} s that a token is reported to take. Thick bars are the low end, computed from "
-        "the card's published figures or measured, not on that card; thin bars reach to the high end, a guess.",
+        "What the card has to read explains a small part of the reported {total_s:.1f} s a token. Thick bars are "
+        "the low end, computed from the card's published figures or measured, not on that card; thin bars reach to "
+        "the high end, a guess.",
         total_s=reported_s,
     )
     return figure
@@ -356,9 +357,9 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         verdicts=", ".join(verdicts), card_mib=card_mib, card=card,
     )  # fmt: skip
     figure.caption = tr(
-        "What a model needs in each precision: weights by component, what quantisation keeps beside them, keys and "
-        "values, and a CUDA context. The dashed line is the memory of {card}; inactive blocks of the allocator are "
-        "not counted.",
+        "Weights shrink with the bits, what lies beside them does not: weights by component, what quantisation "
+        "keeps beside them, keys and values, and a CUDA context. The dashed line is the memory of {card}; inactive "
+        "blocks of the allocator are not counted.",
         card=card,
     )
     return figure

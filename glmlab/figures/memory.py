@@ -256,8 +256,9 @@ def component_chart(parts: pd.DataFrame, *, label: str = "", marks: str = "") ->
         parts=", ".join(shares),
     )  # fmt: skip
     figure.caption = tr(
-        "Forecast of {label} by component. Above, stacked up to what gpustat would show; below, the change of each "
-        "part since the first step. Vertical lines are turns.",
+        "Used memory rises only where no inactive block fits; below that line parts trade places. Forecast of "
+        "{label}: above, stacked up to what gpustat would show; below, the change of each part since the first "
+        "step. Vertical lines are turns.",
         label=tr_label(label),
     )
     return figure
@@ -401,8 +402,9 @@ def pool_map(blocks: pd.DataFrame) -> SuiteFigure:
         legend_of_areas(figure, {tr(name): look for name, *look in shown}, ncols=5)
     figure.alt_text = " ".join([tr("Map of the allocator's pools."), *words])
     figure.caption = tr(
-        "Segments of the allocator that have room at one of these moments, each in the same row. A bar is a segment "
-        "that the driver gave, its blocks coloured and hatched by what they hold; white is inactive."
+        "Inactive blocks lie where earlier tensors were and serve requests of their own pool: segments that have "
+        "room at one of these moments, each in the same row. A bar is a segment that the driver gave, its blocks "
+        "coloured and hatched by what they hold; white is inactive."
     )
     return figure
 

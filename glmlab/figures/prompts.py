@@ -85,9 +85,10 @@ def prompt_figure(table: pd.DataFrame) -> SuiteFigure:
         count=len(table), roles=roles, tokens=tokens,
     )  # fmt: skip
     figure.caption = tr(
-        "A prompt as the model reads it. A chip is a token, its id below; strong colours are special tokens, tints "
-        "are text, and the role stands at the left. Blanks are ␣, line breaks ↵, and ∅ is the blank that the tokenizer "
-        "puts before a text. <0xF0> is one byte of a character that has no token of its own."
+        "A role is one token, a text is many: a prompt as the model reads it. A chip is a token, its id below; "
+        "strong colours are special tokens, tints are text, and the role stands at the left. Blanks are ␣, line "
+        "breaks ↵, and ∅ is the blank that the tokenizer puts before a text. <0xF0> is one byte of a character that"
+        " has no token of its own."
     )
     return figure
 
@@ -169,7 +170,7 @@ def format_figure(segments: pd.DataFrame) -> SuiteFigure:
         f"{name}: {''.join(of_format['text'])!r}" for name, of_format in formats.items()
     )
     figure.caption = tr(
-        "The same messages in the chat formats of several model families. Strong colours are what the format adds, "
+        "Model families put different frames around the same messages. Strong colours are what the format adds, "
         "tints are the messages."
     )
     return figure
@@ -259,8 +260,8 @@ def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
     ]
     figure.alt_text = " ".join([tr("Which role may follow which."), *sentences])
     figure.caption = tr(
-        "Which role may follow which in a prompt: every arrow leads to a role that may come next. Computed by asking "
-        "the checker pair by pair."
+        "Roles follow a fixed order: every arrow leads to a role that may come next. Computed by asking the checker"
+        " pair by pair."
     )
     return figure
 
@@ -295,7 +296,7 @@ def growth_figure(growth: pd.DataFrame) -> SuiteFigure:
         turns=len(growth), **growth.iloc[-1],
     )  # fmt: skip
     figure.caption = tr(
-        "The prompt of every turn of a chat. The plain part is the prompt of the turn before and the hatched part its"
-        " answer: both are in the KV cache. Only the dotted part is read anew."
+        "Of every prompt only the new part is read. The plain part is the prompt of the turn before and the hatched"
+        " part its answer: both are in the KV cache. Only the dotted part is read anew."
     )
     return figure

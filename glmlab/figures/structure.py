@@ -50,6 +50,8 @@ NODE_LOOKS: dict[str, tuple[str, str, str, Any]] = {  # kind of class -> name, c
     "mixin": (msg("mixin"), "#fdf3d8", "#b26b00", (0, (4, 2))),
     "torch": (msg("PyTorch"), "#e4f1fa", "#0072b2", "-"),
     "auto": (msg("Auto side"), "#e3f4ec", "#00805c", "-"),
+    "config": (msg("config side"), "#f6ecf8", "#7b3294", "-"),
+    "suite": (msg("this suite's own"), "#fbe3da", "#b03a00", "-"),
     "outside": (msg("known by name only"), "#f2f2f2", "#8c8c8c", (0, (1, 1.5))),
 }
 _ARROW_LOOKS: dict[str, tuple[str, str, list[tuple[float, float]], str]] = {  # row -> name, colour, head, its filling
@@ -161,9 +163,9 @@ def class_diagram(table: pd.DataFrame, *, max_lines: int = 8) -> SuiteFigure:
         count=len(boxes), root=root, bases=", ".join(bases) or tr("nothing"), held=held,
     ).strip()  # fmt: skip
     figure.caption = tr(
-        "Classes of {root}. Hollow arrows point to what is inherited, filled diamonds stand at the class that holds "
-        "the other, dashed arrows lead to the class that is built. Members in italics are abstract or overridden in "
-        "the picture.",
+        "{root} is what it inherits and what it holds. Hollow arrows point to what is inherited, filled diamonds "
+        "stand at the class that holds the other, dashed arrows lead to the class that is built. Members in italics"
+        " are abstract or overridden in the picture.",
         root=root,
     )
     return figure
@@ -425,8 +427,9 @@ def module_tree_figure(table: pd.DataFrame, *, name: str = "") -> SuiteFigure:
         module=table["module"].iloc[int(own.argmax())],
     )  # fmt: skip
     figure.caption = tr(
-        "Modules of {name} with their parameters, bytes and the shape that each returns in one decode step. Equal "
-        "layers are one row. Dark bars add up to the whole; a light bar contains the dark ones of its parts.",
+        "The bytes of {name} are those of its modules: their parameters, bytes and the shape that each returns in "
+        "one decode step. Equal layers are one row. Dark bars add up to the whole; a light bar contains the dark "
+        "ones of its parts.",
         name=name,
     )
     return figure

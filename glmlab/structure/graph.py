@@ -12,7 +12,7 @@ import pandas as pd
 
 from glmlab.core.errors import GlmlabError
 
-NodeKind = Literal["class", "mixin", "torch", "auto", "outside"]
+NodeKind = Literal["class", "mixin", "torch", "auto", "config", "suite", "outside"]
 """``torch``: a class of PyTorch; ``auto``: an Auto class of transformers; ``outside``: only its name is known."""
 
 ArrowKind = Literal["inherits", "has", "builds"]

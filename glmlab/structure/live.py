@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -89,6 +89,10 @@ def _kind(cls: type) -> NodeKind:
         return "torch"
     if cls.__module__.startswith("transformers.models.auto."):
         return "auto"
+    if package == "glmlab":
+        return "suite"
+    if issubclass(cls, PreTrainedConfig):
+        return "config"
     return "outside" if package in _OUTSIDE else "class"
 
 
