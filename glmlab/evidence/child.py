@@ -124,7 +124,7 @@ def time_tokens(loaded: LoadedModel, lengths: Sequence[int], path: Path, notes: 
         }
     )
     model, precision = loaded.model, loaded.report.precision
-    rates = measure_rates(model.device)
+    rates = measure_rates(model.device, threads=loaded.threads)
     floor = roofline(model.config, rates, precision=precision, contexts=lengths, dtype=model.dtype)
     table = decode.merge(first, on="context_tokens").merge(floor, on="context_tokens")
     provenance = {

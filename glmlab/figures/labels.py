@@ -43,7 +43,7 @@ def msg(text: str) -> str:
     return text
 
 
-LABEL_PARTS = (  # what labels of curves and names of stages are made of
+_LABEL_PARTS = (  # what labels of curves and names of stages are made of
     msg("the chapter"), msg("original code"), msg("dynamic cache"), msg("static cache"), msg("embedded"),
     msg("embeddings"), msg("repetition penalty"), msg("minimum length"), msg("temperature"), msg("eager"),
     msg("compiled"),
@@ -188,12 +188,13 @@ def name_bars(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-_WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+WHITE_GROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+"""Box of a text that stands over lines."""
 
 
 def write_ends(figure: SuiteFigure, axes: Axes, ends: Sequence[float], labels: Sequence[str]) -> None:
     """Write a text after every bar, and lengthen the horizontal axis until all have room inside it."""
-    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8), bbox=_WHITE)
+    written = [axes.text(end, row, f" {label}", va="center", fontsize=pt(8), bbox=WHITE_GROUND)
                for row, (end, label) in enumerate(zip(ends, labels, strict=True))]  # fmt: skip
     for text in written:
         text.set_in_layout(False)  # the panel gets the width that it has in the end

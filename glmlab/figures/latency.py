@@ -248,7 +248,14 @@ def token_parts_chart(table: pd.DataFrame, *, by: str = "precision") -> SuiteFig
 
 @draws({"way": str, "poll_ms": float}, empty="no rows to draw: measure something first.")
 def polling_chart(table: pd.DataFrame) -> SuiteFigure:
-    """Draw what it costs to read the memory in use (``measure_polling``): a dot for every way that answered."""
+    """Draw what it costs to read the memory in use: a dot for every way that answered.
+
+    Args:
+        table: of ``measure_polling``; times in ms, drawn on a logarithmic axis.
+
+    Raises:
+        FigureError: no way answered.
+    """
     table = table[table["poll_ms"].notna()]
     if table.empty:
         raise FigureError("no way of asking answered: there is no time to draw.")
@@ -275,7 +282,15 @@ def polling_chart(table: pd.DataFrame) -> SuiteFigure:
 
 @draws({"part": str, "kind": str, "low_s": float, "high_s": float}, empty="no rows to draw: measure something first.")
 def account_chart(account: pd.DataFrame, *, reported_s: float) -> SuiteFigure:
-    """Draw the ranges of a ``chapter_account``, against the time that was reported."""
+    """Draw the ranges of an account: thick bars up to the low end, thinner ones up to the high end, in ms.
+
+    Args:
+        account: of ``chapter_account``; an end below 0 is drawn as 0.
+        reported_s: seconds that a token is reported to take, drawn as a line.
+
+    Raises:
+        FigureError: a kind of part that is not known.
+    """
     _check_looks("kind", account["kind"], _KIND_LOOKS)
     lows_ms, highs_ms = account["low_s"].clip(lower=0) * 1e3, account["high_s"].clip(lower=0) * 1e3
     with drawing(6.3, 1.3 + 0.4 * len(account), axes_grid_axis="x", axes_axisbelow=True) as figure:
@@ -319,6 +334,9 @@ def precision_chart(parts: pd.DataFrame, *, card: str, card_mib: float) -> Suite
         parts: a row per precision, a column per part of :data:`PRECISION_LOOKS`, in bytes.
         card: what the line is called.
         card_mib: the card's memory.
+
+    Raises:
+        FigureError: a part that is not known, or has fewer than 0 bytes.
 
     Example:
         >>> parts = pd.DataFrame({"MLP": [2**30, 2**28], "KV payload": [2**20, 2**20]}, index=["bf16", "int4"])

@@ -14,7 +14,7 @@ from matplotlib.collections import PolyCollection
 from glmlab.allocator.blocks import SegmentView
 from glmlab.core.curve import COMPONENTS, WEIGHT_COLUMNS, Curve
 from glmlab.core.units import MIB
-from glmlab.figures.labels import End, label_ends, legend_of_areas, msg, tr, tr_label
+from glmlab.figures.labels import WHITE_GROUND, End, label_ends, legend_of_areas, msg, tr, tr_label
 from glmlab.figures.saving import Arguments, draws
 from glmlab.figures.style import (
     COLORS,
@@ -318,7 +318,7 @@ def _point_out(figure: SuiteFigure, axes: Axes, marks: str) -> None:
         axes.annotate(
             text, (at if fits else left, y), xycoords=("data", "axes fraction"), xytext=(pt(-3 if fits else 2), 0),
             textcoords="offset points", ha="right" if fits else "left", va="top", fontsize=pt(7),
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            bbox=WHITE_GROUND,
         )  # fmt: skip
         y -= 0.01 + 0.06 * len(text.split("\n"))
 

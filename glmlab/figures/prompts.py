@@ -60,6 +60,9 @@ def prompt_figure(table: pd.DataFrame) -> SuiteFigure:
 
     Special tokens have the full colour. A message is a paragraph, wrapped to the width of a page.
 
+    Raises:
+        FigureError: no token, or more than 400.
+
     Example:
         >>> table = pd.DataFrame({"id": [64795], "piece": ["<|user|>"], "text": [""], "bytes": [b""], "role": ["user"],
         ...     "message": [0], "kind": ["role"], "special": [True]})
@@ -219,6 +222,9 @@ _PLACES = {"start": (0, 1), "system": (0, 0), "user": (1, 1), "assistant": (2, 1
 @draws({"last": str}, empty="no roles to draw: role_transitions gives the table.", convert=_with_last)
 def roles_figure(transitions: pd.DataFrame) -> SuiteFigure:
     """Draw which role may follow which (``role_transitions``) as a state diagram: an arrow leads to what may come next.
+
+    Raises:
+        FigureError: a role other than the four of ChatGLM3, or "start".
 
     Example:
         >>> roles_figure(pd.DataFrame({"user": [True, False]}, index=["start", "user"])).alt_text

@@ -63,6 +63,8 @@ def draws(
         columns: those that the table must have; str, int, float or bool.
         empty: the error for a table without rows.
         convert: makes table and arguments of what callers give, such as a Curve; a table of its own it leaves alone.
+
+    The registered function raises FigureError for a table without rows or without one of the columns.
     """
 
     def register(

@@ -115,7 +115,11 @@ def read_log(path: str | os.PathLike[str]) -> Curve:
 
 
 def compare_log(log: Curve) -> Comparison:
-    """Compare a log with one turn of the chapter's code; the tokens a character and the CUDA context are fitted."""
+    """Compare a log with one turn of the chapter's code; the tokens a character and the CUDA context are fitted.
+
+    Raises:
+        ForecastError: more characters than the chapter's code can reach in tokens.
+    """
     characters = log.table["context_characters"].to_numpy(float)
     measured = log.table["used_mib"].to_numpy(float)
     forecast = Forecast.of(trace=CHAPTER_TRACE)

@@ -23,7 +23,7 @@ class DecodeError(GlmlabError):
 
 
 def encode_prompt(loaded: LoadedModel, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, both (batch, tokens), left-padded."""
+    """Ids and attention mask, both (batch, tokens), left-padded; DecodeError for a prompt without a token."""
     if isinstance(prompt, str):
         prompt = loaded.tokenizer(prompt)["input_ids"]
     rows = [list(row) for row in prompt] if prompt and not isinstance(prompt[0], int) else [list(prompt)]  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def check_prompt(loaded: LoadedModel, input_ids: Tensor, cache: Cache | None) ->
 
 
 def checked_config(model: Any, config: GenerationConfig | None, max_new_tokens: int, stops: bool) -> GenerationConfig:
-    """Return a copy of the settings with the token budget; refuse what this loop cannot do."""
+    """Return a copy of the settings with the token budget; DecodeError for what this loop cannot do."""
     if max_new_tokens < 1:
         raise DecodeError(f"max_new_tokens={max_new_tokens}: at least one token has to be generated.")
     settings = {**(config or model.generation_config).to_dict(), "max_new_tokens": max_new_tokens}

@@ -328,7 +328,11 @@ def _refuse_full_disk(model: str, folder: Path, need_bytes: int) -> None:
 
 
 def fetched_with(folder: Path) -> str:
-    """Return the command that fetched a folder, and completes it; "" where none is recorded."""
+    """Return the command that fetched a folder, and completes it; "" where none is recorded.
+
+    Raises:
+        CheckpointError: the record is not what a fetch writes; nothing of it is run or shown.
+    """
     path = folder / RECORD
     if not path.is_file():
         return ""

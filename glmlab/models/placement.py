@@ -70,7 +70,7 @@ def find_device(device: str) -> torch.device:
 
 
 def check_precision(precision: str, *, or_auto: bool = False) -> None:
-    """Refuse a precision that is not one of :data:`PRECISIONS`."""
+    """GlmlabError for a precision that is not one of :data:`PRECISIONS`."""
     if precision not in PRECISIONS and not (or_auto and precision == "auto"):
         known = ", ".join(PRECISIONS) + (", or auto" if or_auto else "")
         raise GlmlabError(f"precision={precision!r} is not known. Use one of {known}.")
@@ -104,7 +104,7 @@ def precision_ladder(skeleton: nn.Module, device: torch.device) -> list[str]:
 
 
 def refuse_misfit(name: str, skeleton: nn.Module, precision: str) -> None:
-    """Refuse int4 for a model whose layers bitsandbytes cannot cut into blocks; the error names one."""
+    """GlmlabError for int4 of a model whose layers bitsandbytes cannot cut into blocks; it names one."""
     if precision == "int4" and (misfits := _misfits_for_4bit(skeleton)):
         raise GlmlabError(
             f"{name} cannot be loaded in int4: {misfits[0]} input features, and bitsandbytes quantises in "

@@ -198,7 +198,7 @@ def test_a_recording_has_every_token_and_says_what_ran(gpu: None, tmp_path: Path
 
 @pytest.fixture
 def _short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "measure_rates", lambda device: measure_rates(device, block_bytes=2**20))
+    monkeypatch.setattr(child, "measure_rates", lambda device, threads: measure_rates(device, block_bytes=2**20))
     monkeypatch.setattr(child, "measure_polling", lambda: measure_polling(repetitions=1))
 
 

@@ -76,6 +76,16 @@ def test_measured_rates_say_how():
     assert "1.0 MiB copied and read" in rates.source
 
 
+def test_rates_are_those_of_the_threads_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "glmlab.latency.roofline._fastest_s", lambda run, device: seen.append(torch.get_num_threads()) or 1.0
+    )
+    measure_rates("cpu", block_bytes=2**20, threads=2)
+    assert set(seen) == {2}
+    assert torch.get_num_threads() == 1
+
+
 class TestCards:
     def test_every_card_has_a_peak_rate_and_its_source(self):
         for card in cards().values():

@@ -78,6 +78,9 @@ class TestChatGLM3:
     def test_kinds(self, chatglm3):
         kinds = {kind: {node.name for node in chatglm3.nodes if node.kind == kind} for kind in ("torch", "auto")}
         assert kinds == {"torch": {"nn.Module"}, "auto": {"AutoConfig", "AutoModelForCausalLM", "_BaseAutoModelClass"}}
+        assert {node.name for node in chatglm3.nodes if node.kind == "config"} == {"GlmConfig", "PreTrainedConfig"}
+        own = {node.name for node in chatglm3.nodes if node.kind == "suite"}
+        assert own == {"ChatGLM3Config", "ChatGLM3ForCausalLM", "ChatGLM3RMSNorm"}
         assert all((node.kind == "mixin") == node.name.endswith("Mixin") for node in chatglm3.nodes)
 
     def test_forward_is_abstract_in_pytorch_and_overridden_in_the_model(self, chatglm3):

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import re
 from pathlib import Path
 
@@ -165,13 +166,16 @@ def _notebook(folder, *sources, tagged=None, name="made_up"):
 
 
 class TestRunner:
-    def test_two_at_a_time_with_parameters_and_one_output_a_printed_text(self, tmp_path):
-        slowly = "import time\nfor text in (a, b):\n    print(text, flush=True)\n    time.sleep(0.3)"
+    def test_two_at_a_time_with_parameters_one_output_a_printed_text_and_half_the_cores(self, tmp_path, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        cores = max(1, os.cpu_count() // 2)
+        slowly = "import os, time\nfor text in (a, b, os.environ['OMP_NUM_THREADS']):\n    print(text, flush=True)"
+        slowly += "\n    time.sleep(0.3)"
         sources = [_notebook(tmp_path, "a = 1\nb = 'x'", slowly, tagged=0, name=name) for name in ("one", "two")]
         executed = list(execute_notebooks(sources, tmp_path / "out", {"a": 5}, jobs=2))
         assert [run.source for run in executed] == sources
         for run in executed:
-            assert [output.text for output in nbformat.read(run.copy, 4).cells[-1].outputs] == ["5\nx\n"]
+            assert [output.text for output in nbformat.read(run.copy, 4).cells[-1].outputs] == [f"5\nx\n{cores}\n"]
             assert len(nbformat.read(run.source, 4).cells) == 2
 
     def test_a_failing_cell_is_named_and_the_copy_is_there(self, tmp_path):
